@@ -1,0 +1,54 @@
+# make demo: a fresh environment, the shipped checkpoint exported, a grid of digits.   make test: the tests.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --progress-bar off -c constraints.txt
+EXTRAS := onnx,cpu,trt,train,dev
+
+# Their metadata asks for torchvision, which nothing here needs and which would replace torch by a CUDA build.
+NO_DEPS := denoising-diffusion-pytorch pytorch-fid
+# What these packages need apart from it.
+NO_DEPS_NEED := einops ema-pytorch accelerate scipy
+
+# What assets/digits.pt does not hold (assets/MODEL_CARD.md).
+DIGITS_FACTS := --family openai-guided --image-size 32x32 --num-head-channels 32 --noise-schedule cosine --null-class 10
+TARGETS := sm86,sm89,sm120
+
+# Reference data of the original implementations, where it lies beside the checkout.
+GOLDEN := $(abspath ../shared/golden)
+ifneq ($(wildcard $(GOLDEN)/.),)
+export UNET_RT_GOLDEN ?= $(GOLDEN)
+endif
+
+.PHONY: venv demo test test-slow lint clean
+
+venv: $(VENV)/installed
+
+# An existing environment is only added to, never rebuilt.
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[$(EXTRAS)]' $(NO_DEPS_NEED)
+	$(PIP) --no-deps $(NO_DEPS)
+	touch $@
+
+demo: venv
+	rm -rf demo
+	$(PY) -m export.to_trt assets/digits.pt --out demo/digits.engine --target $(TARGETS) $(DIGITS_FACTS)
+	$(PY) -m engine sample demo/digits.engine -n 100 --steps 50 --sampler ddim --per-class --seed 0 \
+	    --grid demo/digits.png --out demo/samples
+
+test: venv
+	$(PY) -m pytest -m "not slow and not gpu"
+
+test-slow: venv
+	$(PY) -m pytest -m "slow and not gpu"
+
+lint: venv
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+clean:
+	rm -rf demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,116 @@
+"""What each operator means, in plain PyTorch. Every faster implementation is judged by these functions.
+
+Shapes are written [B, C, H, W] for images and [B, heads, N, head_dim] for tokens.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
+    """Group normalisation of x [B, C, ...] over each group's channels and positions.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias, var biased; weight and bias are [C].
+    Wu & He, Group Normalization (2018), eq. 1 and 7.
+    """
+    return F.group_norm(x, num_groups, weight, bias, eps)
+
+
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
+    """SiLU(GroupNorm(x)) for x [B, C, H, W]; same dtype and shape as x."""
+    return F.silu(group_norm(x, weight, bias, num_groups, eps))
+
+
+def scale_shift_silu(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """SiLU(h * (1 + scale) + shift) for h [B, C, H, W], scale and shift [B, C].
+
+    Adaptive group normalisation of Improved DDPM (Nichol & Dhariwal, 2021), section 3.
+    """
+    return F.silu(h * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T) v over tokens; q, k, v and the result are [B, heads, N, head_dim].
+
+    The softmax runs in float32 whatever the tokens' dtype. The factor 1/sqrt(head_dim) of Vaswani et al. (2017),
+    eq. 1 is already part of q: it is folded into the projection's weights when a checkpoint is read.
+    """
+    return torch.softmax((q @ k.transpose(-2, -1)).float(), dim=-1).to(v.dtype) @ v
+
+
+def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding [B, dim] of timestep [B] (float32, may be fractional): cosines, then sines.
+
+    Frequencies are max_period^(-i / (dim // 2)); an odd dim is padded with one zero.
+    Vaswani et al. (2017), section 3.5, in the order used by OpenAI's diffusion code.
+    """
+    half = dim // 2
+    index = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    freqs = torch.exp(-math.log(max_period) * index / half)
+    angle = timestep.float()[:, None] * freqs[None]
+    return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, dim - 2 * half))
+
+
+@dataclass(frozen=True, slots=True)
+class Coefficients:
+    """One row of a solver's table for each image: tensors [B, 1, 1, 1], float32, named as in solver_update."""
+
+    A: Tensor
+    B: Tensor
+    clip: Tensor
+    H: Tensor
+    L0: Tensor
+    L1: Tensor
+    P: Tensor
+    Q: Tensor
+    E: Tensor
+    R: Tensor
+    G: Tensor
+    S: Tensor
+
+
+def _term(coefficient: Tensor, operand: Tensor) -> Tensor:
+    """coefficient * operand, and exactly 0 where the coefficient is 0, whatever the operand holds."""
+    return torch.where(coefficient != 0, coefficient * operand, 0.0)
+
+
+def solver_update(
+    row: Coefficients,
+    x_t: Tensor,
+    out: Tensor,
+    x0_before: Tensor | None = None,
+    grad: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of any table-driven sampler: returns (x_prev, x0), each [B, C, H, W] float32.
+
+        x0     = clamp(A*x_t + B*out, -clip, clip) + H*grad
+        var    = exp(L0 + f*(L1 - L0)),  f = (v + 1)/2
+        x_prev = P*x0 + Q*x_t + E*out + R*x0_before + G*var*grad + S*sqrt(var)*noise
+
+    x_t, x0_before, grad, noise: [B, C, H, W] float32; None stands for an operand whose coefficients are all 0.
+    out: [B, C, H, W], or [B, 2C, H, W] with v in the second half. Without v, f is 0.
+    """
+    channels = x_t.shape[1]
+    mean_out = out[:, :channels]
+    x0 = _term(row.A, x_t) + _term(row.B, mean_out)
+    x0 = torch.maximum(torch.minimum(x0, row.clip), -row.clip)
+    if grad is not None:
+        x0 = x0 + _term(row.H, grad)
+    x_prev = _term(row.P, x0) + _term(row.Q, x_t) + _term(row.E, mean_out)
+    if x0_before is not None:
+        x_prev = x_prev + _term(row.R, x0_before)
+    if grad is None and noise is None:
+        return x_prev, x0
+    log_var = row.L0
+    if out.shape[1] == 2 * channels:
+        log_var = log_var + _term(row.L1 - row.L0, (out[:, channels:] + 1) / 2)
+    if grad is not None:
+        x_prev = x_prev + _term(row.G, log_var.exp() * grad)
+    if noise is not None:
+        x_prev = x_prev + _term(row.S, (0.5 * log_var).exp() * noise)
+    return x_prev, x0

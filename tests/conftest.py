@@ -1,0 +1,75 @@
+"""Options, skips and settings that every test shares. Collecting the tests touches no device."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+GOLDEN_VARIABLE = "UNET_RT_GOLDEN"
+
+# A busy machine must not fail a property test by its clock, and CI tries the same examples every time.
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden",
+        metavar="DIR",
+        default=None,
+        help=f"reference data of the original implementations (default: variable {GOLDEN_VARIABLE})",
+    )
+
+
+def golden_root(config: pytest.Config) -> Path | None:
+    """The folder of golden cases; None where none is given.
+
+    A folder that is given, by option or by environment, must exist and hold cases: UsageError otherwise.
+    """
+    option = config.getoption("--golden")
+    source = GOLDEN_VARIABLE if option is None else "--golden"
+    given = os.environ.get(GOLDEN_VARIABLE) if option is None else option
+    if not given:
+        if option is not None:
+            raise pytest.UsageError("--golden is empty; give the folder of golden cases")
+        return None
+    root = Path(given)
+    if not root.is_dir():
+        raise pytest.UsageError(f"{source}: {root} is not a folder; give the folder of golden cases")
+    if not any(root.glob("*/case.json")):
+        raise pytest.UsageError(f"{source}: {root} holds no golden case (no */case.json)")
+    return root.resolve()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    golden_root(config)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    root = golden_root(config)
+    return f"golden: {root or f'none, its tests are skipped (--golden DIR or {GOLDEN_VARIABLE})'}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    if item.get_closest_marker("trt"):
+        names = ("tensorrt_rtx", "tensorrt")
+        if not any(importlib.util.find_spec(name) for name in names):
+            pytest.skip("needs TensorRT: pip install tensorrt-rtx-cu13")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads() -> Iterator[None]:
+    """The order of float sums depends on the thread count; two is what every machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
