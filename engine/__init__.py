@@ -1,0 +1,53 @@
+"""UNet-RT: from a bundle or a trained DDPM-family checkpoint to images.
+
+from engine import Sampler
+images = Sampler.open("ckpt.engine").sample(64, steps=50, seed=0)     # float32 [64, C, H, W] in [-1, 1]
+"""
+
+from engine._kernels_check import require_own_kernels
+
+require_own_kernels()
+
+from engine.backends import open_backend  # noqa: E402
+from engine.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
+from engine.config import UNetConfig  # noqa: E402
+from engine.errors import (  # noqa: E402
+    BackendError,
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    ExportError,
+    MissingPackageError,
+    OutputError,
+    RequestError,
+    UNetRTError,
+    UnknownFamilyError,
+)
+from engine.guidance import ClassifierGuidance  # noqa: E402
+from engine.noise import RecordedNoise  # noqa: E402
+from engine.sampler import Sampler  # noqa: E402
+from engine.schedule import NoiseSchedule  # noqa: E402
+from engine.solvers import ddim_table, ddpm_table  # noqa: E402
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "Checkpoint",
+    "CheckpointError",
+    "ClassifierGuidance",
+    "ConfigError",
+    "ExportError",
+    "MissingPackageError",
+    "NoiseSchedule",
+    "OutputError",
+    "RecordedNoise",
+    "RequestError",
+    "Sampler",
+    "UNetConfig",
+    "UNetRTError",
+    "UnknownFamilyError",
+    "ddim_table",
+    "ddpm_table",
+    "load_checkpoint",
+    "open_backend",
+]

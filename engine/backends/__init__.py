@@ -1,0 +1,131 @@
+"""The Backend protocol and the choice of one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.bundle import FP16_ONNX_NAME, ONNX_NAME, WEIGHTS_NAME, Bundle, Manifest
+from engine.errors import BackendError, MissingPackageError
+
+logger = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """A network that can be called.
+
+    name, precision: what runs, e.g. "ort" in "fp32". device: where inputs and outputs live.
+    """
+
+    name: str
+    precision: str
+    device: torch.device
+    manifest: Manifest
+
+    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+        """x_t [B, C, H, W] fp32, timestep [B] fp32, y [B] int64, cond [B, Cc, H, W] -> out [B, C', H, W] fp32."""
+        ...
+
+    def close(self) -> None:
+        """Release memory; the backend cannot be called afterwards."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """name: of the backend. precisions: what it offers, its default first. needs: the artefact a precision runs.
+    reason_against: why this machine cannot use it, or None."""
+
+    name: str
+    precisions: tuple[str, ...]
+    needs: dict[str, str]
+    reason_against: Callable[[], str | None]
+
+
+def _missing(module: str, extra: str) -> Callable[[], str | None]:
+    def reason() -> str | None:
+        import importlib.util
+
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed (pip install 'unet-rt[{extra}]')"
+        return None
+
+    return reason
+
+
+def _eager_precisions() -> tuple[str, ...]:
+    return ("fp16", "fp32") if torch.cuda.is_available() else ("fp32",)
+
+
+def _choices() -> tuple[_Choice, ...]:
+    """Fastest first, for a machine without a usable plan."""
+    eager = _eager_precisions()
+    choices = (
+        _Choice("ov", ("fp32", "bf16"), {"fp32": ONNX_NAME, "bf16": ONNX_NAME}, _missing("openvino", "cpu")),
+        _Choice("ort", ("fp32", "fp16"), {"fp32": ONNX_NAME, "fp16": FP16_ONNX_NAME}, _missing("onnxruntime", "onnx")),
+        _Choice("eager", eager, dict.fromkeys(eager, WEIGHTS_NAME), lambda: None),
+    )
+    return tuple(reversed(choices)) if torch.cuda.is_available() else choices
+
+
+def open_backend(
+    bundle: str | Path | Bundle, name: str = "auto", precision: str | None = None, threads: int | None = None
+) -> Backend:
+    """Open a bundle's network on the fastest backend that this machine and the bundle support.
+
+    name: "auto", "ov" (OpenVINO), "ort" (ONNX Runtime) or "eager" (torch). precision: None takes fp32 for ov and
+    ort, fp32 for eager on a CPU and fp16 on CUDA. threads: CPU threads, None for all cores. Which one was taken and
+    why is logged. Raises BackendError, MissingPackageError or BundleError.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    if threads is not None and threads < 1:
+        raise BackendError(f"threads is {threads}; expected 1 or more")
+    choices = {choice.name: choice for choice in _choices()}
+    if name != "auto" and name not in choices:
+        raise BackendError(f"unknown backend {name!r}; known: auto, {', '.join(choices)}")
+    rejected: list[str] = []
+    for choice in choices.values():
+        if name not in ("auto", choice.name):
+            continue
+        reason = _reason_against(choice, opened, precision)
+        if reason is None:
+            taken = precision or choice.precisions[0]
+            logger.info("backend %s in %s%s", choice.name, taken, f" ({'; '.join(rejected)})" if rejected else "")
+            return _open(choice.name, opened, taken, choice.needs[taken], threads)
+        rejected.append(f"{choice.name}: {reason}")
+    raise BackendError("no backend can run this bundle here: " + "; ".join(rejected))
+
+
+def _reason_against(choice: _Choice, bundle: Bundle, precision: str | None) -> str | None:
+    if precision is not None and precision not in choice.precisions:
+        return f"it offers {', '.join(choice.precisions)}, not {precision}"
+    artefact = choice.needs[precision or choice.precisions[0]]
+    if not bundle.has(artefact):
+        return f"the bundle holds no {artefact}"
+    return choice.reason_against()
+
+
+def _open(name: str, bundle: Bundle, precision: str, artefact: str, threads: int | None) -> Backend:
+    path = bundle.file(artefact)
+    match name:
+        case "ov":
+            from engine.backends.ov import OpenVINOBackend
+
+            return OpenVINOBackend(bundle.manifest, path, precision, threads)
+        case "ort":
+            from engine.backends.ort import OrtBackend
+
+            return OrtBackend(bundle.manifest, path, precision, threads)
+        case _:
+            from engine.backends.eager import EagerBackend
+
+            return EagerBackend.from_weights(bundle.manifest, path, precision, threads)
+
+
+__all__ = ["Backend", "MissingPackageError", "open_backend"]

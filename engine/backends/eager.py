@@ -1,0 +1,74 @@
+"""The network in plain torch: the fp32 reference on every machine, and CUDA without TensorRT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.bundle import Manifest
+from engine.checkpoint import Checkpoint, build_unet
+from engine.config import UNetConfig
+from engine.errors import BackendError
+from engine.unet import UNet
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+class EagerBackend:
+    """engine.unet.UNet called directly."""
+
+    name = "eager"
+
+    def __init__(self, manifest: Manifest, unet: UNet, precision: str, threads: int | None) -> None:
+        self.manifest, self.precision = manifest, precision
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._threads = threads
+        self._unet: UNet | None = unet.to(device=self.device, dtype=_DTYPES[precision])
+
+    @classmethod
+    def from_weights(cls, manifest: Manifest, path: Path, precision: str, threads: int | None) -> EagerBackend:
+        """Weights from a bundle's safetensors file."""
+        from safetensors.torch import load_file
+
+        return cls(manifest, build_unet(manifest.config, load_file(path)), precision, threads)
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, precision: str = "fp32", threads: int | None = None
+    ) -> EagerBackend:
+        """A training checkpoint without a bundle."""
+        return cls(checkpoint_manifest(checkpoint), checkpoint.unet(), precision, threads)
+
+    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+        """See engine.backends.Backend."""
+        if self._unet is None:
+            raise BackendError("this backend was closed; open the bundle again")
+        before = torch.get_num_threads()
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        try:
+            with torch.inference_mode():
+                return self._unet(x_t, timestep, y, cond)
+        finally:
+            torch.set_num_threads(before)
+
+    def close(self) -> None:
+        self._unet = None
+
+
+def checkpoint_manifest(checkpoint: Checkpoint, versions: Mapping[str, str] | None = None) -> Manifest:
+    """The manifest of a checkpoint from which nothing was built yet."""
+    if not isinstance(checkpoint.config, UNetConfig):
+        checkpoint.unet()
+        raise AssertionError
+    return Manifest(
+        family=checkpoint.family,
+        config=checkpoint.config,
+        diffusion=checkpoint.diffusion,
+        checkpoint_sha256=checkpoint.sha256,
+        assumptions=tuple((a.name, a.value, a.reason) for a in checkpoint.assumptions),
+        versions=dict(versions or {}),
+    )

@@ -1,0 +1,58 @@
+"""The network's ONNX file in OpenVINO on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.bundle import Manifest
+from engine.errors import BackendError, MissingPackageError
+
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+def has_bf16() -> bool:
+    """Whether this CPU computes in bf16 by itself; False where OpenVINO is not installed."""
+    try:
+        import openvino
+    except ImportError:
+        return False
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+class OpenVINOBackend:
+    """One compiled model. The precision is always set: left alone, OpenVINO takes bf16 where the CPU has it."""
+
+    name = "ov"
+
+    def __init__(self, manifest: Manifest, path: Path, precision: str, threads: int | None) -> None:
+        try:
+            import openvino
+        except ImportError as error:
+            raise MissingPackageError("openvino", "the ov backend", "cpu") from error
+        options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
+        try:
+            core = openvino.Core()
+            self._model: Any = core.compile_model(core.read_model(path), "CPU", options)
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO {openvino.__version__} cannot compile {path}: {error}") from error
+        self._inputs = [value.any_name for value in self._model.inputs]
+        self.manifest, self.precision = manifest, precision
+        self.device = torch.device("cpu")
+
+    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+        """See engine.backends.Backend."""
+        if self._model is None:
+            raise BackendError("this backend was closed; open the bundle again")
+        given = {"x_t": x_t, "timestep": timestep, "y": y, "cond": cond}
+        feed = {name: given[name].contiguous().numpy() for name in self._inputs}  # type: ignore[union-attr]
+        result = self._model(feed)[self._model.outputs[0]]
+        return torch.from_numpy(result.copy())
+
+    def close(self) -> None:
+        self._model = None

@@ -1,0 +1,224 @@
+"""The bundle: a folder with a manifest and the artefacts built from one checkpoint.
+
+    manifest.json        what the network is, every assumption, hashes, versions, profiles, measured errors
+    unet.safetensors     fp32 weights under our names (eager backend)
+    unet.onnx            fp32, dynamic batch;  unet.fp16.onnx and *.plan where they were built
+
+Nothing in it is pickled or executed. Opening never writes; it checks the manifest's own hash and, when a file is
+asked for, that file's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoint import file_sha256
+from engine.config import UNetConfig
+from engine.errors import BundleError, ConfigError
+from engine.prediction import Diffusion
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+WEIGHTS_NAME = "unet.safetensors"
+ONNX_NAME = "unet.onnx"
+FP16_ONNX_NAME = "unet.fp16.onnx"
+_REBUILD = "build it again with: python -m export.to_trt CHECKPOINT"
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One artefact beside the fp32 U-Net on x_t of real trajectories.
+
+    runner: what executed it, e.g. "onnxruntime cpu". max_abs, rms: of the difference, in units of the network's
+    output, whose own rms is reference_rms. limit: the largest rms / reference_rms accepted. worst_layer: the block
+    with the largest relative rms error, where intermediate results could be compared.
+    """
+
+    artefact: str
+    runner: str
+    precision: str
+    max_abs: float
+    rms: float
+    reference_rms: float
+    limit: float
+    worst_layer: str | None = None
+    worst_layer_error: float | None = None
+
+    @property
+    def relative(self) -> float:
+        return self.rms / self.reference_rms
+
+    @property
+    def passed(self) -> bool:
+        return self.relative <= self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """sha256 (hex) and size of one file of the bundle."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlanEntry:
+    """A TensorRT plan: library and version that built it, targets such as "sm89", batch profile (min, opt, max)."""
+
+    file: str
+    library: str
+    library_version: str
+    targets: tuple[str, ...]
+    batch_profile: tuple[int, int, int]
+    precision: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Manifest:
+    """Everything a bundle says about itself; see the fields' types.
+
+    assumptions: (name, value, reason) of every default taken. precision: artefact -> layers kept in fp32 and why.
+    versions: library -> version at build time.
+    """
+
+    family: str
+    config: UNetConfig
+    diffusion: Diffusion
+    checkpoint_sha256: str
+    assumptions: tuple[tuple[str, Any, str], ...] = ()
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    plans: tuple[PlanEntry, ...] = ()
+    precision: dict[str, str] = field(default_factory=dict)
+    verification: tuple[Measurement, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, without its own hash."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "family": self.family,
+            "config": self.config.to_dict(),
+            "diffusion": self.diffusion.to_dict(),
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "assumptions": [list(a) for a in self.assumptions],
+            "files": {name: dataclasses.asdict(entry) for name, entry in sorted(self.files.items())},
+            "plans": [dataclasses.asdict(plan) for plan in self.plans],
+            "precision": self.precision,
+            "verification": [dataclasses.asdict(m) for m in self.verification],
+            "versions": self.versions,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Manifest:
+        return cls(
+            family=data["family"],
+            config=UNetConfig.from_dict(data["config"]),
+            diffusion=Diffusion.from_dict(data["diffusion"]),
+            checkpoint_sha256=data["checkpoint_sha256"],
+            assumptions=tuple((a[0], a[1], a[2]) for a in data["assumptions"]),
+            files={name: FileEntry(**entry) for name, entry in data["files"].items()},
+            plans=tuple(
+                PlanEntry(**plan | {"targets": tuple(plan["targets"]), "batch_profile": tuple(plan["batch_profile"])})
+                for plan in data["plans"]
+            ),
+            precision=dict(data["precision"]),
+            verification=tuple(Measurement(**m) for m in data["verification"]),
+            versions=dict(data["versions"]),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bundle:
+    """An opened bundle: its folder and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Read and check the manifest; raises BundleError for a folder that is none, damaged or too new."""
+        folder = Path(path)
+        return cls(folder, read_manifest(folder))
+
+    def has(self, name: str) -> bool:
+        return name in self.manifest.files
+
+    def file(self, name: str) -> Path:
+        """The path of a file of the bundle after its hash was checked; raises BundleError."""
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleError(f"{self.path} holds no {name}; {_REBUILD}")
+        path = self.path / name
+        if not path.is_file() or path.is_symlink():
+            raise BundleError(f"{path} is missing although the manifest lists it; {_REBUILD}")
+        if path.stat().st_size != entry.size_bytes or file_sha256(path) != entry.sha256:
+            raise BundleError(
+                f"{path} was changed after it was built (its sha256 differs from the manifest's); {_REBUILD}"
+            )
+        return path
+
+    def verify(self) -> None:
+        """Check every file's hash; raises BundleError at the first that differs."""
+        for name in self.manifest.files:
+            self.file(name)
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a folder holds a bundle's manifest."""
+    return (path / MANIFEST_NAME).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder; raises BundleError with the remedy."""
+    if not folder.is_dir():
+        raise BundleError(
+            f"{folder} is not a folder; pass a bundle, or make one with: python -m export.to_trt CHECKPOINT"
+        )
+    if not is_bundle(folder):
+        raise BundleError(f"{folder} is no bundle: it has no {MANIFEST_NAME}; {_REBUILD}")
+    try:
+        data = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        version, digest = data["format_version"], data.pop("manifest_sha256")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise BundleError(f"{folder / MANIFEST_NAME} is damaged ({error}); {_REBUILD}") from error
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise BundleError(
+            f"{folder} was made by a newer version (format {version}, this version reads up to {FORMAT_VERSION}); "
+            "upgrade with: pip install -U unet-rt"
+        )
+    if digest != _manifest_digest(data):
+        raise BundleError(f"{folder / MANIFEST_NAME} was changed after it was written; {_REBUILD}")
+    for name in data["files"]:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise BundleError(f"{folder}: the manifest lists the path {name!r} outside the bundle; do not use it")
+    try:
+        return Manifest.from_dict(data)
+    except (KeyError, TypeError, ValueError, IndexError, ConfigError) as error:
+        raise BundleError(f"{folder / MANIFEST_NAME} is incomplete ({error!r}); {_REBUILD}") from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Hash every file in the folder, write manifest.json, and return the manifest with those hashes.
+
+    The caller writes into a temporary folder and renames it when whole.
+    """
+    entries = {
+        path.name: FileEntry(file_sha256(path), path.stat().st_size)
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST_NAME
+    }
+    full = dataclasses.replace(manifest, files=entries)
+    data = full.to_dict()
+    text = json.dumps(data | {"manifest_sha256": _manifest_digest(data)}, indent=1, allow_nan=False)
+    (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+    return full
+
+
+def _manifest_digest(data: dict[str, Any]) -> str:
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

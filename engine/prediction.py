@@ -1,0 +1,100 @@
+"""What a network predicts, with which variance, and the conventions its original sampled with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from engine.errors import ConfigError
+from engine.schedule import Float64, NoiseSchedule
+
+
+class Prediction(Enum):
+    """The quantity in the first C output channels."""
+
+    EPS = "eps"
+    X0 = "x0"
+    V = "v"
+
+
+class Variance(Enum):
+    """The variance of a DDPM step: the posterior's, beta, or interpolated by C further output channels."""
+
+    FIXED_SMALL = "fixed_small"
+    FIXED_LARGE = "fixed_large"
+    LEARNED_RANGE = "learned_range"
+
+
+@dataclass(frozen=True, slots=True)
+class Diffusion:
+    """How a checkpoint's network is to be sampled.
+
+    clip: |x0| limit of the original's sampler, or None. timestep_scale: factor from training timestep to the
+    network's input (1000 / T with rescale_timesteps). data_range: the original's image values; ours are [-1, 1].
+    """
+
+    schedule: NoiseSchedule
+    prediction: Prediction = Prediction.EPS
+    variance: Variance = Variance.FIXED_LARGE
+    clip: float | None = 1.0
+    timestep_scale: float = 1.0
+    data_range: tuple[float, float] = (-1.0, 1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schedule": self.schedule.to_dict(),
+            "prediction": self.prediction.value,
+            "variance": self.variance.value,
+            "clip": self.clip,
+            "timestep_scale": self.timestep_scale,
+            "data_range": list(self.data_range),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Diffusion:
+        try:
+            return cls(
+                schedule=NoiseSchedule.from_dict(data["schedule"]),
+                prediction=Prediction(data["prediction"]),
+                variance=Variance(data["variance"]),
+                clip=data["clip"],
+                timestep_scale=float(data["timestep_scale"]),
+                data_range=(float(data["data_range"][0]), float(data["data_range"][1])),
+            )
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            raise ConfigError(f"the diffusion description is incomplete or wrong: {error!r}") from error
+
+
+def x0_coefficients(schedule: NoiseSchedule, prediction: Prediction) -> tuple[Float64, Float64]:
+    """(A, B), each [T], with x0 = A x_t + B out.
+
+    eps: x0 = (x_t - sqrt(1 - abar) eps) / sqrt(abar), DDPM (2020), eq. 15; v: x0 = sqrt(abar) x_t - sqrt(1 - abar) v,
+    Salimans & Ho (2022), appendix D.
+    """
+    abar = schedule.alphas_cumprod
+    match prediction:
+        case Prediction.EPS:
+            return np.sqrt(1 / abar), -np.sqrt(1 / abar - 1)
+        case Prediction.X0:
+            return np.zeros_like(abar), np.ones_like(abar)
+        case Prediction.V:
+            return np.sqrt(abar), -np.sqrt(1 - abar)
+
+
+def log_variance_bounds(schedule: NoiseSchedule, variance: Variance) -> tuple[Float64, Float64]:
+    """(L0, L1), each [T]: log variance at f = 0 and f = 1 of a DDPM step; equal for a fixed variance.
+
+    Learned range: posterior and beta, Improved DDPM (2021), eq. 15.
+    """
+    match variance:
+        case Variance.FIXED_SMALL:
+            small = schedule.posterior_log_variance
+            return small, small
+        case Variance.FIXED_LARGE:
+            large = np.log(schedule.fixed_large_variance)
+            return large, large
+        case Variance.LEARNED_RANGE:
+            return schedule.posterior_log_variance, np.log(schedule.betas)

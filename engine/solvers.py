@@ -1,0 +1,142 @@
+"""Samplers as tables: one row of coefficients a step, computed in float64.
+
+    x0     = limit(A*x_t + B*out)
+    x0     = x0 + H*grad
+    var    = exp(L0 + f*(L1 - L0))            f = (v + 1)/2 for a learned-range network, else 0
+    x_prev = P*x0 + Q*x_t + E*out + R*x0_before + G*var*grad + S*sqrt(var)*z
+
+A coefficient of 0 means that its operand is not used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.errors import RequestError
+from engine.prediction import Diffusion, Variance, log_variance_bounds, x0_coefficients
+from engine.schedule import Float64, NoiseSchedule, space_timesteps
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepTable:
+    """One sampler: columns of [N] float64, row 0 the first step taken.
+
+    timestep: the network's time input. clip: |x0| limit, inf for none. The other columns are the coefficients in
+    the module's formulas.
+    """
+
+    timestep: Float64
+    A: Float64
+    B: Float64
+    clip: Float64
+    P: Float64
+    Q: Float64
+    H: Float64
+    L0: Float64
+    L1: Float64
+    E: Float64
+    R: Float64
+    G: Float64
+    S: Float64
+
+    def __len__(self) -> int:
+        return len(self.timestep)
+
+    def to_array(self) -> Float64:
+        """[N, number of columns] in the order of COLUMNS."""
+        return np.stack([getattr(self, name) for name in COLUMNS], axis=1)
+
+
+COLUMNS = tuple(f.name for f in dataclasses.fields(StepTable))
+
+
+def _visited(diffusion: Diffusion, steps: int | str) -> NoiseSchedule:
+    return diffusion.schedule.respaced(space_timesteps(len(diffusion.schedule), steps))
+
+
+def _common(diffusion: Diffusion, schedule: NoiseSchedule) -> dict[str, Float64]:
+    """The columns every table shares, entry t at index t, and zeros for the others."""
+    a, b = x0_coefficients(schedule, diffusion.prediction)
+    columns = {name: np.zeros(len(schedule)) for name in COLUMNS}
+    clip = np.inf if diffusion.clip is None else diffusion.clip
+    return columns | {
+        "timestep": schedule.timesteps * diffusion.timestep_scale,
+        "A": a,
+        "B": b,
+        "clip": np.full(len(schedule), clip),
+    }
+
+
+def _descending(columns: dict[str, Float64]) -> StepTable:
+    return StepTable(**{name: values[::-1].copy() for name, values in columns.items()})
+
+
+def ddpm_table(diffusion: Diffusion, steps: int | str, variance: Variance | None = None) -> StepTable:
+    """Ancestral sampling, x_{t-1} ~ N(posterior mean(x0, x_t), var); DDPM (Ho et al., 2020), algorithm 2.
+
+    steps: a count or an improved-diffusion respacing string. variance: the checkpoint's own unless given.
+    Classifier guidance shifts the mean by var * grad (Dhariwal & Nichol, 2021, algorithm 1).
+    """
+    schedule = _visited(diffusion, steps)
+    chosen = variance or diffusion.variance
+    if chosen is Variance.LEARNED_RANGE and diffusion.variance is not Variance.LEARNED_RANGE:
+        raise RequestError("this network has no variance channels; choose fixed_small or fixed_large")
+    lower, upper = log_variance_bounds(schedule, chosen)
+    is_noisy = (np.arange(len(schedule)) > 0).astype(np.float64)
+    # The posterior variance of the last step is exactly 0; its clipped logarithm must not scale a gradient.
+    shift = is_noisy if chosen is Variance.FIXED_SMALL else np.ones(len(schedule))
+    return _descending(
+        _common(diffusion, schedule)
+        | {
+            "P": schedule.posterior_mean_x0,
+            "Q": schedule.posterior_mean_xt,
+            "L0": lower,
+            "L1": upper,
+            "G": shift,
+            "S": is_noisy,
+        }
+    )
+
+
+def ddim_table(diffusion: Diffusion, steps: int | str, eta: float = 0.0) -> StepTable:
+    """DDIM (Song et al., 2021), eq. 12 and 16; eta 0 is deterministic, eta 1 is DDPM with the posterior variance.
+
+    eps is re-derived from the limited x0, as in guided-diffusion. A classifier's gradient moves eps by
+    -sqrt(1 - abar) grad (Dhariwal & Nichol, 2021, algorithm 2), which is H on x0. Raises RequestError for eta < 0
+    or an eta whose noise would exceed the step's whole variance.
+    """
+    schedule = _visited(diffusion, steps)
+    abar, previous = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+    sigma = eta * np.sqrt((1 - previous) / (1 - abar) * (1 - abar / previous))
+    if not (np.isfinite(eta) and eta >= 0 and np.all(sigma**2 <= 1 - previous + 1e-12)):
+        raise RequestError(f"eta must lie between 0 and 1, got {eta}")
+    towards_xt = np.sqrt(np.maximum(1 - previous - sigma**2, 0.0))
+    return _descending(
+        _common(diffusion, schedule)
+        | {
+            "P": np.sqrt(previous) - towards_xt * np.sqrt(abar / (1 - abar)),
+            "Q": towards_xt / np.sqrt(1 - abar),
+            "H": (1 - abar) / np.sqrt(abar),
+            "S": sigma,
+        }
+    )
+
+
+def ddim_inversion_table(diffusion: Diffusion, steps: int | str) -> StepTable:
+    """DDIM run from the clean end upwards, eta 0: encodes an image as the noise that decodes to it.
+
+    x_{t+1} = sqrt(abar_{t+1}) x0 + sqrt(1 - abar_{t+1}) eps; DDIM (Song et al., 2021), section 4.3. The last row
+    goes to abar = 0, as in guided-diffusion. Rows ascend in t.
+    """
+    schedule = _visited(diffusion, steps)
+    abar, following = schedule.alphas_cumprod, schedule.alphas_cumprod_next
+    return StepTable(
+        **_common(diffusion, schedule)
+        | {
+            "P": np.sqrt(following) - np.sqrt(1 - following) * np.sqrt(abar / (1 - abar)),
+            "Q": np.sqrt(1 - following) / np.sqrt(1 - abar),
+        }
+    )
