@@ -50,7 +50,7 @@ class NoiseSchedule:
     @property
     def alphas_cumprod(self) -> Float64:
         """prod_{s <= t} (1 - beta_s), [T]."""
-        product: Float64 = np.cumprod(1.0 - self.betas)
+        product: Float64 = np.cumprod(1.0 - self.betas, dtype=np.float64)
         return product
 
     @property
