@@ -149,7 +149,12 @@ class Bundle:
         return name in self.manifest.files
 
     def file(self, name: str) -> Path:
-        """The path of a file of the bundle after its hash was checked; raises BundleError."""
+        """The path of a file of the bundle after its hash was checked; raises BundleError.
+
+        An ONNX file's external weights, in the file NAME.data beside it, are checked with it.
+        """
+        if self.has(f"{name}.data"):
+            self.file(f"{name}.data")
         entry = self.manifest.files.get(name)
         if entry is None:
             raise BundleError(f"{self.path} holds no {name}; {_REBUILD}")
@@ -193,13 +198,14 @@ def read_manifest(folder: Path) -> Manifest:
         )
     if digest != _manifest_digest(data):
         raise BundleError(f"{folder / MANIFEST_NAME} was changed after it was written; {_REBUILD}")
-    for name in data["files"]:
+    try:
+        manifest = Manifest.from_dict(data)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ConfigError) as error:
+        raise BundleError(f"{folder / MANIFEST_NAME} is incomplete ({error!r}); {_REBUILD}") from error
+    for name in manifest.files:
         if Path(name).name != name or name in ("", ".", ".."):
             raise BundleError(f"{folder}: the manifest lists the path {name!r} outside the bundle; do not use it")
-    try:
-        return Manifest.from_dict(data)
-    except (KeyError, TypeError, ValueError, IndexError, ConfigError) as error:
-        raise BundleError(f"{folder / MANIFEST_NAME} is incomplete ({error!r}); {_REBUILD}") from error
+    return manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:

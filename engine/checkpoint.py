@@ -88,7 +88,7 @@ def load_checkpoint(path: str | Path, **facts: Any) -> Checkpoint:
 
     source = Path(path)
     said = make_facts(facts)
-    raw = read_file(source)
+    raw = without_wrappers(read_file(source))
     known = ", ".join(name for family in FAMILIES for name in family.NAMES)
     if said.family is not None and all(said.family not in family.NAMES for family in FAMILIES):
         raise CheckpointError(f"unknown family {said.family!r}; known: {known}")
@@ -164,6 +164,25 @@ def read_file(path: Path) -> Any:
         return read_torch_file(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def without_wrappers(raw: Any) -> Any:
+    """A file's content without the names that torch.compile and DataParallel put before those of the tensors.
+
+    Looks at the dictionary and at the dictionaries in it.
+    """
+    if not isinstance(raw, Mapping):
+        return raw
+    return _bare_names({key: _bare_names(value) if isinstance(value, Mapping) else value for key, value in raw.items()})
+
+
+def _bare_names(content: Mapping[Any, Any]) -> dict[Any, Any]:
+    bare = {k.replace("_orig_mod.", "") if isinstance(k, str) else k: v for k, v in content.items()}
+    tensors = [str(key) for key, value in bare.items() if isinstance(value, Tensor)]
+    while tensors and all(name.startswith("module.") for name in tensors):
+        bare = {k.removeprefix("module.") if isinstance(k, str) else k: v for k, v in bare.items()}
+        tensors = [name.removeprefix("module.") for name in tensors]
+    return bare
 
 
 def is_safetensors(path: Path) -> bool:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import config as c
-from engine.unet import TimeEmbedding, make_block, run_blocks
+from engine.layers import make_block
+from engine.unet import TimeEmbedding, run_blocks
 from kernels import reference as ops
 
 
@@ -63,9 +64,7 @@ class Classifier(nn.Module):
     def __init__(self, config: c.ClassifierConfig) -> None:
         super().__init__()
         self.config = config
-        self.time = TimeEmbedding(
-            config.embed_channels, config.time_channels, config.projection_channels, num_classes=None
-        )
+        self.time = TimeEmbedding(config)
         self.blocks = nn.ModuleList(_make_module(block) for block in config.blocks)
 
     def forward(self, x_t: Tensor, timestep: Tensor) -> Tensor:

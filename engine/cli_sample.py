@@ -46,7 +46,10 @@ def sample(args: argparse.Namespace) -> None:
     table = sampler.table(args.steps, args.sampler, args.eta, Variance(args.variance) if args.variance else None)
     requests = sampler.requests(args.n, table, _labels(args, sampler, guidance), args.seed, guidance=guidance)
     if args.grid is not None:
-        _columns(args, sampler)
+        _columns(args, sampler, guidance)
+        if args.enlarge < 1:
+            raise RequestError(f"--enlarge is {args.enlarge}; expected 1 or more")
+        make_folder(args.grid.parent)
     if args.out is not None:
         make_folder(args.out)
     results = _Results()
@@ -54,7 +57,7 @@ def sample(args: argparse.Namespace) -> None:
         _run(args, sampler, requests, guidance, results)
     if args.grid is not None:
         whole = np.concatenate([results.images[i] for i in range(args.n)])
-        save_png(args.grid, grid(whole, _columns(args, sampler), args.enlarge))
+        save_png(args.grid, grid(whole, _columns(args, sampler, guidance), args.enlarge))
     _report(args, sampler, requests, results)
 
 
@@ -74,9 +77,11 @@ def _run(
             bar.update()
             if step.is_last:
                 number = step.request.index
-                results.images[number] = to_uint8(step.x_prev[None].clamp(-1, 1))
+                image = to_uint8(step.x_prev[None].clamp(-1, 1))
                 if args.out is not None and args.format == "png":
-                    save_images(args.out, results.images[number], [number])
+                    save_images(args.out, image, [number])
+                # Only now: what is in the results is listed in samples.csv.
+                results.images[number] = image
     results.seconds = time.perf_counter() - start
 
 
@@ -136,13 +141,13 @@ def _labels(args: argparse.Namespace, sampler: Sampler, guidance: ClassifierGuid
     return [classes[i * len(classes) // args.n] for i in range(args.n)]
 
 
-def _columns(args: argparse.Namespace, sampler: Sampler) -> int:
+def _columns(args: argparse.Namespace, sampler: Sampler, guidance: ClassifierGuidance | None) -> int:
     if args.columns is not None:
         if args.columns < 1:
             raise RequestError(f"--columns is {args.columns}; expected 1 or more")
         return int(args.columns)
     if args.per_class:
-        return int(args.n) // max(1, len(_classes(sampler, None)) or args.n)
+        return int(args.n) // max(1, len(_classes(sampler, guidance)) or args.n)
     return math.ceil(math.sqrt(args.n))
 
 

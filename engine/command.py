@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -18,6 +19,7 @@ def run_command(action: Callable[[argparse.Namespace], None], args: argparse.Nam
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     try:
         action(args)
+        sys.stdout.flush()
     except UNetRTError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -25,8 +27,8 @@ def run_command(action: Callable[[argparse.Namespace], None], args: argparse.Nam
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of stdout went away, as in `... | head`.
-        sys.stderr.close()
+        # The reader of stdout went away, as in `... | head`; what is left in the buffer must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0
 

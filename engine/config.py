@@ -11,147 +11,99 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from engine.blocks import (
+    Activation,
+    Attention,
+    AttentionPool,
+    AveragePool,
+    Block,
+    Conv,
+    Downsample,
+    LinearAttention,
+    Norm,
+    NormSiLU,
+    Pad,
+    Pop,
+    Push,
+    Resample,
+    ResBlock,
+    SpaceToDepth,
+    TransposedConv,
+    Upsample,
+    block_from_dict,
+    block_to_dict,
+)
 from engine.errors import ConfigError
 
+__all__ = [
+    "Activation",
+    "Attention",
+    "AttentionPool",
+    "AveragePool",
+    "Block",
+    "ClassifierConfig",
+    "Conv",
+    "Downsample",
+    "EmbeddingOrder",
+    "LabelInput",
+    "LinearAttention",
+    "Norm",
+    "NormSiLU",
+    "Pad",
+    "Pop",
+    "Push",
+    "ResBlock",
+    "Resample",
+    "SpaceToDepth",
+    "TimeConfig",
+    "TransposedConv",
+    "UNetConfig",
+    "Upsample",
+]
 
-class Resample(Enum):
-    """How a block changes resolution: by 2x nearest repetition, or by 2x2 average."""
 
-    UP = "up"
-    DOWN = "down"
+class EmbeddingOrder(Enum):
+    """How the sines and cosines of a time embedding are laid out; INTERLEAVED is sin, cos, sin, cos, ..."""
+
+    COS_SIN = "cos_sin"
+    SIN_COS = "sin_cos"
+    INTERLEAVED = "interleaved"
+
+
+class LabelInput(Enum):
+    """What y is: a row of a learned table ([B] int64), a number embedded like a timestep ([B] float32), or a vector
+    ([B, time_channels] float32)."""
+
+    TABLE = "table"
+    NUMBER = "number"
+    VECTOR = "vector"
 
 
 @dataclass(frozen=True, slots=True)
-class Conv:
-    """k x k convolution, zero padding k // 2."""
+class TimeConfig:
+    """How a timestep becomes the input of the time MLP, and the MLP's non-linearities.
 
-    in_channels: int
-    out_channels: int
-    kernel: int = 3
-
-
-@dataclass(frozen=True, slots=True)
-class ResBlock:
-    """norm, SiLU, (resample), conv, time projection, norm, SiLU, conv, plus the shortcut.
-
-    scale_shift: the time projection is (scale, shift) on the second norm rather than added before it.
-    resample: applied after the first SiLU and on the shortcut. A 1x1 convolution sits on the shortcut where
-    the channel counts differ.
+    angles = scale * t * theta^(-i / (half - shift)), i < half; has_frequencies: 2 pi * t * (weights time.frequencies)
+    instead, log t in place of t if takes_log, with t itself in front if keeps_timestep. activation: inside the MLP;
+    projection_activation: between the MLP and the blocks' projections.
     """
 
-    in_channels: int
-    out_channels: int
-    scale_shift: bool
-    resample: Resample | None = None
-    groups: int = 32
-    eps: float = 1e-5
-
-    @property
-    def projection_channels(self) -> int:
-        return self.out_channels * (2 if self.scale_shift else 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """h + out(attention(qkv(norm(h)))) over all pixels; qkv rows are ordered q, k, v, each heads x head_dim."""
-
-    channels: int
-    heads: int
-    head_dim: int
-    groups: int = 32
-    eps: float = 1e-5
+    order: EmbeddingOrder = EmbeddingOrder.COS_SIN
+    shift: float = 0.0
+    theta: float = 10000.0
+    scale: float = 1.0
+    has_frequencies: bool = False
+    takes_log: bool = False
+    keeps_timestep: bool = False
+    activation: Activation = Activation.SILU
+    projection_activation: Activation = Activation.SILU
 
 
-@dataclass(frozen=True, slots=True)
-class Downsample:
-    """Halves height and width: 3x3 convolution of stride 2, or 2x2 average."""
-
-    channels: int
-    conv: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Upsample:
-    """Doubles height and width by nearest repetition, then a 3x3 convolution if conv."""
-
-    channels: int
-    conv: bool
-
-
-@dataclass(frozen=True, slots=True)
-class NormSiLU:
-    """SiLU(GroupNorm(h))."""
-
-    channels: int
-    groups: int = 32
-    eps: float = 1e-5
-
-
-@dataclass(frozen=True, slots=True)
-class Push:
-    """Save h on the skip stack."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pop:
-    """h = concat(h, last saved map) along channels."""
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionPool:
-    """CLIP-style pooling: attention over [mean, pixels], a learned position each; the mean's token is the result."""
-
-    channels: int
-    heads: int
-    head_dim: int
-    tokens: int
-    out_features: int
-
-
-@dataclass(frozen=True, slots=True)
-class AveragePool:
-    """Mean over pixels, then a linear layer."""
-
-    channels: int
-    out_features: int
-
-
-Block = Conv | ResBlock | Attention | Downsample | Upsample | NormSiLU | Push | Pop | AttentionPool | AveragePool
-
-_BLOCK_TYPES: dict[str, type[Block]] = {
-    "conv": Conv,
-    "res_block": ResBlock,
-    "attention": Attention,
-    "downsample": Downsample,
-    "upsample": Upsample,
-    "norm_silu": NormSiLU,
-    "push": Push,
-    "pop": Pop,
-    "attention_pool": AttentionPool,
-    "average_pool": AveragePool,
+_TIME_ENUMS: dict[str, type[Enum]] = {
+    "order": EmbeddingOrder,
+    "activation": Activation,
+    "projection_activation": Activation,
 }
-_BLOCK_NAMES = {cls: name for name, cls in _BLOCK_TYPES.items()}
-
-
-def block_to_dict(block: Block) -> dict[str, Any]:
-    """JSON form of a block: its field values and its type's name."""
-    values = {f.name: getattr(block, f.name) for f in dataclasses.fields(block)}
-    return {"type": _BLOCK_NAMES[type(block)]} | {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
-
-
-def block_from_dict(data: dict[str, Any]) -> Block:
-    """The block that block_to_dict wrote; raises ConfigError for an unknown type or wrong fields."""
-    values = dict(data)
-    name = values.pop("type", None)
-    cls = _BLOCK_TYPES.get(str(name))
-    if cls is None:
-        raise ConfigError(f"unknown block type {name!r}; known: {', '.join(_BLOCK_TYPES)}")
-    if isinstance(values.get("resample"), str):
-        values["resample"] = Resample(values["resample"])
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ConfigError(f"block {name!r} has wrong fields: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +113,9 @@ class UNetConfig:
     in_channels, out_channels: of x_t and of the network's result (out = 2 in for a learned range).
     image_size: (height, width) in pixels. embed_channels: width of the sinusoidal embedding; time_channels:
     width of the time MLP. num_classes: rows of the label table, or None. null_class: the row that means
-    "no label". cond_channels: channels of the condition image, concatenated behind x_t.
+    "no label". cond_channels: channels of the condition image, concatenated behind x_t (before it if cond_first);
+    self_condition: that image is the previous step's x0, zeros at first. time: the time embedding. label: what y is;
+    label_projection: y selects a row that is added to the blocks' projections, rather than to the time embedding.
     """
 
     in_channels: int
@@ -173,15 +127,15 @@ class UNetConfig:
     num_classes: int | None = None
     null_class: int | None = None
     cond_channels: int = 0
+    cond_first: bool = False
+    self_condition: bool = False
+    time: TimeConfig = TimeConfig()
+    label: LabelInput = LabelInput.TABLE
+    label_projection: bool = False
 
     def __post_init__(self) -> None:
         check_blocks(self.blocks, self.in_channels + self.cond_channels, self.out_channels)
-        factor = 2 ** count_downsamplings(self.blocks)
-        if any(size <= 0 or size % factor for size in self.image_size):
-            raise ConfigError(
-                f"image size {self.image_size[0]}x{self.image_size[1]} does not fit a network that halves it "
-                f"{count_downsamplings(self.blocks)} times; give a multiple of {factor} with --image-size"
-            )
+        check_image_size(self.blocks, self.image_size)
         if self.null_class is not None and not 0 <= self.null_class < (self.num_classes or 0):
             raise ConfigError(
                 f"null class {self.null_class} is outside the {self.num_classes or 0} classes of this network; "
@@ -190,8 +144,8 @@ class UNetConfig:
 
     @property
     def projection_channels(self) -> tuple[int, ...]:
-        """Width of each ResBlock's time projection, in block order."""
-        return tuple(b.projection_channels for b in self.blocks if isinstance(b, ResBlock))
+        """Width of each time projection, in the order of the ResBlocks that take one."""
+        return tuple(b.projection_channels for b in self.blocks if isinstance(b, ResBlock) and b.has_projection)
 
     def to_dict(self) -> dict[str, Any]:
         return _config_to_dict(self)
@@ -211,14 +165,16 @@ class ClassifierConfig:
     time_channels: int
     blocks: tuple[Block, ...]
     num_classes: int
+    time: TimeConfig = TimeConfig()
 
     def __post_init__(self) -> None:
         check_blocks(self.blocks, self.in_channels, self.num_classes)
+        check_image_size(self.blocks, self.image_size)
 
     @property
     def projection_channels(self) -> tuple[int, ...]:
-        """Width of each ResBlock's time projection, in block order."""
-        return tuple(b.projection_channels for b in self.blocks if isinstance(b, ResBlock))
+        """Width of each time projection, in the order of the ResBlocks that take one."""
+        return tuple(b.projection_channels for b in self.blocks if isinstance(b, ResBlock) and b.has_projection)
 
     def to_dict(self) -> dict[str, Any]:
         return _config_to_dict(self)
@@ -230,9 +186,11 @@ class ClassifierConfig:
 
 def _config_to_dict(config: UNetConfig | ClassifierConfig) -> dict[str, Any]:
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return values | {
+    time = {f.name: getattr(config.time, f.name) for f in dataclasses.fields(TimeConfig)}
+    return {k: v.value if isinstance(v, Enum) else v for k, v in values.items()} | {
         "image_size": list(config.image_size),
         "blocks": [block_to_dict(b) for b in config.blocks],
+        "time": {k: v.value if isinstance(v, Enum) else v for k, v in time.items()},
     }
 
 
@@ -240,16 +198,60 @@ def _config_fields(data: dict[str, Any], cls: type) -> dict[str, Any]:
     names = {f.name for f in dataclasses.fields(cls)}
     if unknown := set(data) - names:
         raise ConfigError(f"unknown {cls.__name__} fields: {', '.join(sorted(unknown))}")
-    if missing := {"blocks", "image_size"} - set(data):
+    if missing := {"blocks", "image_size", "time"} - set(data):
         raise ConfigError(f"{cls.__name__} lacks {', '.join(sorted(missing))}")
-    height, width = data["image_size"]
-    blocks = tuple(block_from_dict(b) for b in data["blocks"])
-    return dict(data) | {"image_size": (int(height), int(width)), "blocks": blocks}
+    try:
+        height, width = data["image_size"]
+        time: dict[str, Any] = {k: _TIME_ENUMS[k](v) if k in _TIME_ENUMS else v for k, v in data["time"].items()}
+        fields = dict(data) | {"image_size": (int(height), int(width)), "time": TimeConfig(**time)}
+        if "label" in data:
+            fields["label"] = LabelInput(data["label"])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{cls.__name__} has wrong values: {error}") from error
+    return fields | {"blocks": tuple(block_from_dict(b) for b in data["blocks"])}
 
 
 def count_downsamplings(blocks: tuple[Block, ...]) -> int:
     """How often the block list halves the resolution."""
-    return sum(isinstance(b, Downsample) or (isinstance(b, ResBlock) and b.resample is Resample.DOWN) for b in blocks)
+    return sum(
+        isinstance(b, (Downsample, SpaceToDepth)) or (isinstance(b, ResBlock) and b.resample is Resample.DOWN)
+        for b in blocks
+    )
+
+
+def size_after(block: Block, size: int) -> int:
+    """Height or width behind a block that gets `size` pixels."""
+    match block:
+        case Pad():
+            return size + 2 * block.pixels
+        case Downsample(conv=True):
+            padding = 1 if block.pads_end else 2 * ((block.kernel - 1) // 2)
+            return (size + padding - block.kernel) // 2 + 1
+        case Downsample() | SpaceToDepth() | ResBlock(resample=Resample.DOWN):
+            return size // 2
+        case Upsample() | TransposedConv() | ResBlock(resample=Resample.UP):
+            return size * 2
+        case _:
+            return size
+
+
+def check_image_size(blocks: tuple[Block, ...], image_size: tuple[int, int]) -> None:
+    """Raises ConfigError if an image of (height, width) does not meet its skip connections at their size."""
+    for start in image_size:
+        size, stack, fits = start, [], start > 0
+        for block in blocks:
+            if isinstance(block, Push):
+                stack.append(size)
+            elif isinstance(block, Pop):
+                fits = fits and size == stack.pop()
+            fits = fits and size > 0 and not (isinstance(block, SpaceToDepth) and size % 2)
+            size = size_after(block, size)
+        if not fits:
+            halvings = count_downsamplings(blocks)
+            raise ConfigError(
+                f"image size {image_size[0]}x{image_size[1]} does not fit a network that halves it {halvings} times; "
+                f"give a multiple of {2**halvings} with --image-size"
+            )
 
 
 def check_blocks(blocks: tuple[Block, ...], in_channels: int, out_channels: int) -> None:
@@ -267,10 +269,15 @@ def check_blocks(blocks: tuple[Block, ...], in_channels: int, out_channels: int)
         wanted = block.in_channels if isinstance(block, (Conv, ResBlock)) else block.channels
         if wanted != channels:
             raise ConfigError(f"block {index} ({type(block).__name__}) takes {wanted} channels, got {channels}")
-        if isinstance(block, (ResBlock, Attention, NormSiLU)) and channels % block.groups:
-            raise ConfigError(f"block {index}: {channels} channels cannot be split into {block.groups} groups")
+        normed = block.out_channels if isinstance(block, ResBlock) and block.conv_first else channels
+        if isinstance(block, (ResBlock, Attention, LinearAttention, NormSiLU)):
+            groups = block.groups if block.norm is Norm.GROUP else 1
+            if normed % groups:
+                raise ConfigError(f"block {index}: {normed} channels cannot be split into {groups} groups")
         if isinstance(block, (Conv, ResBlock)):
             channels = block.out_channels
+        elif isinstance(block, SpaceToDepth):
+            channels *= 4
         elif isinstance(block, (AttentionPool, AveragePool)):
             channels = block.out_features
     if channels != out_channels or stack:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,19 +63,31 @@ def make_facts(given: Mapping[str, Any]) -> Facts:
     known = {f.name: f for f in dataclasses.fields(Facts)}
     if unknown := sorted(set(given) - set(known)):
         raise CheckpointError(f"unknown checkpoint fact {', '.join(unknown)}; known: {', '.join(known)}")
-    values = dict(given)
-    size = values.get("image_size")
-    if isinstance(size, int):
-        values["image_size"] = (size, size)
-    elif size is not None:
-        values["image_size"] = (int(size[0]), int(size[1]))
-    for name, value in values.items():
-        choices = known[name].metadata.get("choices")
-        if value is not None and choices and value not in choices:
-            raise CheckpointError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
-        if known[name].metadata.get("type") is int and value is not None and (value < 0 or value != int(value)):
-            raise CheckpointError(f"{name} is {value!r}; expected a whole number")
-    return Facts(**values)
+    return Facts(**{name: None if value is None else _checked(known[name], value) for name, value in given.items()})
+
+
+def _checked(f: dataclasses.Field[Any], value: Any) -> Any:
+    """A fact in its own type; raises CheckpointError for a value that it cannot have."""
+    kind, choices = f.metadata.get("type"), f.metadata.get("choices")
+    if choices and value not in choices:
+        raise CheckpointError(f"{f.name} is {value!r}; expected one of {', '.join(choices)}")
+    if f.metadata.get("action") is argparse.BooleanOptionalAction and not isinstance(value, bool):
+        raise CheckpointError(f"{f.name} is {value!r}; expected True or False")
+    least = 0 if f.name == "null_class" else 1
+    try:
+        if kind is parse_image_size:
+            return parse_image_size(value if isinstance(value, str) else "x".join(map(str, _pair(value))))
+        if kind is int and (isinstance(value, bool) or int(value) != value or value < least):
+            raise ValueError(value)
+        return int(value) if kind is int else value
+    except (TypeError, ValueError, OverflowError) as error:
+        wanted = f"a whole number from {least} up" if kind is int else "a height and a width in pixels, like 64x48"
+        raise CheckpointError(f"{f.name} is {value!r}; expected {wanted}") from error
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return operator.index(height), operator.index(width)
 
 
 def add_fact_arguments(parser: argparse.ArgumentParser) -> None:

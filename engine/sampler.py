@@ -6,6 +6,7 @@ sample() fills the slots with images and refills them as they finish.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,6 +227,8 @@ class Sampler:
                 raise RequestError("eta belongs to ddim; ddpm has its own variance")
             return ddpm_table(self.diffusion, steps, variance)
         if sampler == "ddim":
+            if variance is not None:
+                raise RequestError("variance belongs to ddpm; the noise of ddim is set by eta")
             return ddim_table(self.diffusion, steps, eta)
         raise RequestError(f"unknown sampler {sampler!r}; known: ddim, ddpm")
 
@@ -248,6 +251,8 @@ class Sampler:
         classes = self._labels(n, labels, chosen, guidance)
         conds = self._conditions(n, cond)
         scale = guidance.scale if guidance is not None else 0.0
+        if not math.isfinite(scale):
+            raise RequestError(f"the guidance scale is {scale}; expected a finite number")
         is_labelled = self.config.num_classes is not None
         return [
             Request(i, table, chosen[i], classes[i] if is_labelled else 0, classes[i], scale, cond=conds[i])
@@ -295,6 +300,11 @@ class Sampler:
             raise RequestError(f"{len(given)} labels given for {n} images")
         if wrong := [y for y in given if not 0 <= y < rows]:
             raise RequestError(f"label {wrong[0]} does not exist; this checkpoint has labels 0 to {rows - 1}")
+        if guidance is not None and (wrong := [y for y in given if y >= guidance.guide.config.num_classes]):
+            raise RequestError(
+                f"label {wrong[0]} is unknown to the classifier, which has classes 0 to "
+                f"{guidance.guide.config.num_classes - 1}; choose one of these or leave guidance out"
+            )
         return given
 
     def _drawn_labels(self, rows: int, seeds: list[int]) -> list[int]:

@@ -100,12 +100,15 @@ class NoiseSchedule:
         return NoiseSchedule(1.0 - kept / np.append(1.0, kept[:-1]), self.timesteps[timesteps])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: the betas, whose shortest decimal forms give the same float64 back."""
-        return {"betas": self.betas.tolist()}
+        """JSON form: the betas, whose shortest decimal forms give the same float64 back, and a respaced one's steps."""
+        data: dict[str, Any] = {"betas": self.betas.tolist()}
+        if not np.array_equal(self.timesteps, np.arange(len(self))):
+            data["timesteps"] = self.timesteps.tolist()
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> NoiseSchedule:
-        return cls(np.array(data["betas"], dtype=np.float64))
+        return cls(np.array(data["betas"], dtype=np.float64), np.array(data.get("timesteps", []), dtype=np.int64))
 
 
 def linear_schedule(num_train_timesteps: int) -> NoiseSchedule:
@@ -128,7 +131,7 @@ def space_timesteps(num_train_timesteps: int, respacing: int | str) -> NDArray[n
     """Ascending training timesteps to visit, as improved-diffusion defines its respacing strings.
 
     "250" or 250: that many, evenly spread over all of [0, T). "10,10,10": T split into as many equal sections, each
-    with its own count. "ddim25": the largest integer stride that gives exactly that many, starting at 0.
+    with its own count. "ddim25": the smallest integer stride that gives exactly that many, starting at 0.
     Raises RequestError for a count that does not fit.
     """
     text = str(respacing).strip()
@@ -164,6 +167,5 @@ def _strided(num_train_timesteps: int, text: str) -> NDArray[np.int64]:
     for stride in range(1, num_train_timesteps):
         if len(range(0, num_train_timesteps, stride)) == count:
             return np.arange(0, num_train_timesteps, stride, dtype=np.int64)
-    raise RequestError(
-        f'no integer stride gives {count} of {num_train_timesteps} timesteps; use {count} without "ddim" instead'
-    )
+    remedy = f'use {count} without "ddim" instead' if 1 <= count <= num_train_timesteps else "take fewer, and 2 or more"
+    raise RequestError(f"no integer stride gives {count} of {num_train_timesteps} timesteps; {remedy}")

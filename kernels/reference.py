@@ -42,17 +42,67 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax((q @ k.transpose(-2, -1)).float(), dim=-1).to(v.dtype) @ v
 
 
-def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding [B, dim] of timestep [B] (float32, may be fractional): cosines, then sines.
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """x / |x| * sqrt(C) * weight at each pixel of x [B, C, H, W], |x| over channels; weight [C].
 
-    Frequencies are max_period^(-i / (dim // 2)); an odd dim is padded with one zero.
-    Vaswani et al. (2017), section 3.5, in the order used by OpenAI's diffusion code.
+    Zhang & Sennrich, Root Mean Square Layer Normalization (2019), without eps: |x| is at least 1e-12.
+    """
+    return (F.normalize(x.float(), dim=1) * (weight * weight.shape[0] ** 0.5)[:, None, None].float()).to(x.dtype)
+
+
+def channel_layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight at each pixel of x [B, C, H, W], over channels; var biased; weight [C].
+
+    Ba et al., Layer Normalization (2016), without bias.
+    """
+    h = x.float()
+    mean = h.mean(dim=1, keepdim=True)
+    var = (h - mean).square().mean(dim=1, keepdim=True)
+    return ((h - mean) * torch.rsqrt(var + eps) * weight[:, None, None].float()).to(x.dtype)
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """(softmax_d(q) * scale) (softmax_n(k)^T v); q [B, heads, N, d], k and v [B, heads, M, d] -> [B, heads, N, d].
+
+    softmax_d is over each query's channels, softmax_n over the tokens of each key channel.
+    Shen et al., Efficient Attention (2018), eq. 5.
+    """
+    weights = k.float().softmax(dim=2).to(k.dtype)
+    queries = (q.float().softmax(dim=3) * scale).to(q.dtype)
+    return queries @ (weights.transpose(2, 3) @ v)
+
+
+def timestep_embedding(
+    timestep: Tensor, dim: int, max_period: float = 10000.0, shift: float = 0.0, order: str = "cos_sin"
+) -> Tensor:
+    """Sinusoidal embedding [B, dim] of timestep [B] (float32, may be fractional).
+
+    Frequencies are max_period^(-i / (dim // 2 - shift)); order: "cos_sin", "sin_cos" or "interleaved" (sin, cos, sin,
+    cos, ...); an odd dim is padded with one zero. Vaswani et al. (2017), section 3.5.
     """
     half = dim // 2
     index = torch.arange(half, dtype=torch.float32, device=timestep.device)
-    freqs = torch.exp(-math.log(max_period) * index / half)
-    angle = timestep.float()[:, None] * freqs[None]
-    return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, dim - 2 * half))
+    freqs = torch.exp(-math.log(max_period) * index / (half - shift))
+    return F.pad(_sin_and_cos(timestep.float()[:, None] * freqs[None], order), (0, dim - 2 * half))
+
+
+def fourier_features(x: Tensor, frequencies: Tensor, order: str, keeps_input: bool) -> Tensor:
+    """Sines and cosines of 2 pi x f for x [B] and frequencies [F]: [B, 2F], with x in front if keeps_input.
+
+    Tancik et al., Fourier Features (2020), eq. 4.
+    """
+    features = _sin_and_cos(x[:, None] * frequencies[None] * (2.0 * math.pi), order)
+    return torch.cat([x[:, None], features], dim=1) if keeps_input else features
+
+
+def _sin_and_cos(angle: Tensor, order: str) -> Tensor:
+    match order:
+        case "cos_sin":
+            return torch.cat([angle.cos(), angle.sin()], dim=1)
+        case "sin_cos":
+            return torch.cat([angle.sin(), angle.cos()], dim=1)
+        case _:
+            return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
 
 
 @dataclass(frozen=True, slots=True)

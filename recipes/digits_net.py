@@ -7,7 +7,8 @@ from torch import nn
 
 from engine import config as c
 from engine.classifier import Classifier
-from engine.unet import Attention, ResBlock, UNet
+from engine.layers import Attention, ResBlock
+from engine.unet import UNet
 
 
 def digits_unet(width: int = 32, mult: tuple[int, ...] = (1, 2, 3), depth: int = 1, head_dim: int = 32) -> c.UNetConfig:

@@ -1,10 +1,10 @@
-"""Reading golden cases: the folder layout, and how each family's `config_from_user` becomes load_checkpoint facts."""
+"""Reading golden cases: the folder layout, facts from `config_from_user`, and slots driven by recorded noise."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checkpoint import Checkpoint, load_checkpoint
-
-# Families and run kinds that no code handles yet; each entry is a skip with this reason.
-OPEN_FAMILIES = dict.fromkeys(
-    ("lucidrains", "abarankab", "w86763777", "compvis", "diffusers", "tutorial"), "no translator for this family yet"
-)
-OPEN_KINDS: dict[str, str] = {}
+from engine.backends import Backend
+from engine.guidance import ClassifierGuidance
+from engine.noise import RecordedNoise
+from engine.sampler import Request, Slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +31,8 @@ class Case:
         return str(self.data["family"])
 
     @property
-    def group(self) -> str:
-        """The family without the project's variant: the key of the tables here."""
+    def project(self) -> str:
+        """The first word of the family: the key of the tables in test_golden."""
         return self.family.split("-")[0]
 
     def run(self, run_id: str) -> Run:
@@ -80,39 +77,21 @@ def read_cases(root: Path) -> Iterator[Case]:
         yield Case(path.parent, json.loads(path.read_text(encoding="utf-8")))
 
 
-def _keep(name: str) -> Callable[[Any], dict[str, Any]]:
+Facts = Callable[[Any], dict[str, Any]]
+"""One value of config_from_user -> load_checkpoint facts."""
+
+Runner = Callable[[Run, dict[str, Tensor]], dict[str, Any]]
+"""Runs one recorded call again: (run, its arrays) -> results by array name, one for every recorded output."""
+
+
+def keep(name: str) -> Facts:
+    """The value under another name; None and -1 mean that the original took its default."""
     return lambda value: {} if value in (None, -1) else {name: value}
 
 
-def _order(value: bool) -> dict[str, Any]:
-    return {"attention_order": "new" if value else "legacy"}
-
-
-def _nothing(_value: object) -> dict[str, Any]:
+def ignore(_value: object) -> dict[str, Any]:
+    """A key that says nothing a loader needs."""
     return {}
-
-
-# key of config_from_user (nested with a dot) -> facts
-OPENAI_FACTS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "image_size": _keep("image_size"),
-    "num_heads": _keep("num_heads"),
-    "num_head_channels": _keep("num_head_channels"),
-    "num_heads_upsample": _keep("num_heads_upsample"),
-    "use_new_attention_order": _order,
-    "diffusion.steps": _keep("num_train_timesteps"),
-    "diffusion.noise_schedule": _keep("noise_schedule"),
-    "diffusion.rescale_timesteps": _keep("rescale_timesteps"),
-    "diffusion.predict_xstart": lambda value: {"prediction": "x0" if value else "eps"},
-    # Both are properties of training or of the weights: learned channels show in the file.
-    "diffusion.learn_sigma": _nothing,
-    "diffusion.rescale_learned_sigmas": _nothing,
-}
-OPENAI_CLASSIFIER_FACTS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "num_head_channels": _keep("num_head_channels"),
-    "use_new_attention_order": _order,
-    "pool": _nothing,
-}
-FACTS = {"openai": OPENAI_FACTS}
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -128,7 +107,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def to_facts(config: dict[str, Any], table: dict[str, Callable[[Any], dict[str, Any]]]) -> dict[str, Any]:
+def to_facts(config: dict[str, Any], table: dict[str, Facts]) -> dict[str, Any]:
     """Facts of flattened user configuration; an unknown key fails by name."""
     facts: dict[str, Any] = {}
     for key, value in config.items():
@@ -137,18 +116,20 @@ def to_facts(config: dict[str, Any], table: dict[str, Callable[[Any], dict[str, 
     return facts
 
 
-@functools.lru_cache(maxsize=8)
-def checkpoint(case: Case) -> Checkpoint:
-    """The case's U-Net checkpoint."""
-    config = {k: v for k, v in flatten(case.data["config_from_user"]).items() if not k.startswith("classifier.")}
-    facts = to_facts(config, FACTS[case.group])
-    name = next(n for n in case.data["files"] if n != "classifier.pt")
-    return load_checkpoint(case.folder / name, family=case.family, **facts)
-
-
-@functools.lru_cache(maxsize=8)
-def classifier(case: Case) -> Checkpoint:
-    """The case's noise-conditioned classifier."""
-    user = case.data["config_from_user"]
-    facts = to_facts(flatten(user.get("classifier", {})), OPENAI_CLASSIFIER_FACTS)
-    return load_checkpoint(case.folder / "classifier.pt", image_size=user["image_size"], **facts)
+def run_slots(
+    backend: Backend,
+    requests: Iterable[Request],
+    noise: RecordedNoise,
+    guidance: ClassifierGuidance | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run requests side by side with recorded noise: x after each step and x0 of each step, [steps, N, C, H, W]."""
+    waiting = list(requests)
+    slots = Slots(backend, len(waiting), guidance, noise)
+    for slot, request in enumerate(waiting):
+        slots.enter(slot, request)
+    traj, x0 = [], []
+    while not slots.is_empty:
+        steps = slots.step()
+        traj.append(torch.stack([s.x_prev for s in steps]))
+        x0.append(torch.stack([s.x0 for s in steps]))
+    return torch.stack(traj), torch.stack(x0)

@@ -49,6 +49,9 @@ def translate(raw: Any, facts: Facts) -> Translation:
     family = facts.family or ("openai-guided" if is_classifier or levels.resamples_in_blocks else None)
     if family is None:
         family = assume.take("family", "openai-guided", "improved and guided files look alike")
+    if levels.other_depths:
+        others = ", ".join(map(str, levels.other_depths))
+        assume.take("num_res_blocks", 2, f"the default of guided-diffusion; {others} would fit the file as well")
     heads = _Heads(state, facts, assume, family)
     config = _classifier(state, levels, heads, assume) if is_classifier else _unet(state, levels, heads, assume)
     weights = _rename(state, config, legacy=heads.legacy)
@@ -73,8 +76,10 @@ class _Heads:
         self.legacy = True
         self._channels, self._count = facts.num_head_channels, facts.num_heads
         self._count_up = facts.num_heads_upsample
+        if family == "openai-improved" and facts.attention_order == "new":
+            raise CheckpointError("improved-diffusion has the legacy attention order only; leave --attention-order out")
         if widths and self._channels is None and self._count is None:
-            if family == "openai-guided" and all(w % 64 == 0 for w in widths):
+            if family == "openai-guided" and self._count_up is None and all(w % 64 == 0 for w in widths):
                 self._channels = assume.take("num_head_channels", 64, "as in OpenAI's published ADM models")
             else:
                 self._count = assume.take("num_heads", 4, "the default of OpenAI's training scripts")

@@ -16,7 +16,7 @@ class StateDict:
     """A state dict that remembers which tensors were taken and names what is missing or left over."""
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
-        self._tensors = {key: value for key, value in raw.items() if isinstance(value, Tensor)}
+        self._tensors = {str(key): value for key, value in raw.items() if isinstance(value, Tensor)}
         self._used: set[str] = set()
 
     def has(self, prefix: str) -> bool:
@@ -53,8 +53,8 @@ class StateDict:
 
 def submodules(state: StateDict, prefix: str) -> list[str]:
     """Prefixes "prefix.0", "prefix.1", ... that hold tensors, in numerical order."""
-    numbers = {int(key[len(prefix) + 1 :].split(".")[0]) for key in state.keys() if key.startswith(prefix + ".")}  # noqa: SIM118
-    return [f"{prefix}.{number}" for number in sorted(numbers)]
+    parts = {key[len(prefix) + 1 :].split(".")[0] for key in state.keys() if key.startswith(prefix + ".")}  # noqa: SIM118
+    return [f"{prefix}.{number}" for number in sorted(int(part) for part in parts if part.isdecimal())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,14 @@ class Levels:
     """num_groups: entries of input_blocks (and of output_blocks). down_at: the entries that halve the resolution.
 
     resamples_in_blocks: resblock_updown, resampling inside ResBlocks. has_weights: resampling convolutions.
+    other_depths: numbers of ResBlocks a level that fit the file as well as the 2 that were taken.
     """
 
     num_groups: int
     down_at: frozenset[int]
     resamples_in_blocks: bool
     has_weights: bool
+    other_depths: tuple[int, ...] = ()
 
     def upsamples_without_weights(self, index: int, group: list[c.Block]) -> bool:
         """Whether output group `index` ends in an upsampling that left no tensors in the file."""
@@ -89,11 +91,12 @@ def find_levels(state: StateDict, num_res_blocks: int | None, halvings: int | No
     gaps = set(range(num_groups)) - present
     if convs or gaps:
         return Levels(num_groups, frozenset(convs or gaps), resamples_in_blocks=False, has_weights=bool(convs))
+    others: tuple[int, ...] = ()
     if is_unet:
         down_at = _down_from_output(state, num_groups)
     else:
-        down_at = _down_from_input(state, num_groups, num_res_blocks, halvings)
-    return Levels(num_groups, down_at, resamples_in_blocks=bool(down_at), has_weights=False)
+        down_at, others = _down_from_input(state, num_groups, num_res_blocks, halvings)
+    return Levels(num_groups, down_at, resamples_in_blocks=bool(down_at), has_weights=False, other_depths=others)
 
 
 def _down_from_output(state: StateDict, num_groups: int) -> frozenset[int]:
@@ -108,11 +111,11 @@ def _down_from_output(state: StateDict, num_groups: int) -> frozenset[int]:
 
 def _down_from_input(
     state: StateDict, num_groups: int, num_res_blocks: int | None, halvings: int | None
-) -> frozenset[int]:
+) -> tuple[frozenset[int], tuple[int, ...]]:
     """A resblock_updown encoder alone: levels of n ResBlocks, all but the last followed by one that halves.
 
     num_groups = levels * (n + 1). Where several n fit the widths and the attention, guided-diffusion's default 2 is
-    taken if it is among them, else the user has to say.
+    taken if it is among them, else the user has to say. Returns where it halves, and the n that fit as well.
     """
     fitting = [n for n in range(1, num_groups) if _is_depth(state, num_groups, n)]
     if halvings is not None:
@@ -123,7 +126,7 @@ def _down_from_input(
         found = ", ".join(map(str, fitting)) or "none fits what was given"
         raise CheckpointError(f"the file leaves open how many ResBlocks a level has ({found}); give --num-res-blocks")
     depth = fitting[0] if len(fitting) == 1 else 2
-    return frozenset(range(depth + 1, num_groups, depth + 1))
+    return frozenset(range(depth + 1, num_groups, depth + 1)), tuple(n for n in fitting if n != depth)
 
 
 def _is_depth(state: StateDict, num_groups: int, depth: int) -> bool:
