@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.backends import Backend
 from engine.noise import NOISE, NoiseSource, normal
 from engine.prediction import Diffusion, log_variance_bounds, x0_coefficients
-from engine.schedule import space_timesteps
+from engine.solvers import Steps, visited_timesteps
 
 _BITS = 1.0 / math.log(2.0)
 
@@ -59,7 +59,7 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tens
 def variational_bound(
     backend: Backend,
     x0: Tensor,
-    steps: int | str,
+    steps: Steps,
     *,
     diffusion: Diffusion | None = None,
     labels: Tensor | None = None,
@@ -73,7 +73,7 @@ def variational_bound(
     takes its noise from draw k + 1 of each image's seed (0..B-1 unless given).
     """
     process = diffusion or backend.manifest.diffusion
-    schedule = process.schedule.respaced(space_timesteps(len(process.schedule), steps))
+    schedule = process.schedule.respaced(visited_timesteps(process, steps))
     batch, shape = x0.shape[0], tuple(x0.shape[1:])
     own_seeds = seeds if seeds is not None else list(range(batch))
     abar = schedule.alphas_cumprod

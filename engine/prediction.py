@@ -28,12 +28,28 @@ class Variance(Enum):
     LEARNED_RANGE = "learned_range"
 
 
+class Spacing(Enum):
+    """Which N of T timesteps a sampler visits when it is given a count.
+
+    EVEN: as improved-diffusion, both ends included. LEADING, TRAILING, LINSPACE: as diffusers, leading with its
+    offset. TRUNCATED: linspace(-1, T - 1, N + 1) without its first entry, cut to integers, as lucidrains.
+    """
+
+    EVEN = "even"
+    LEADING = "leading"
+    TRAILING = "trailing"
+    LINSPACE = "linspace"
+    TRUNCATED = "truncated"
+
+
 @dataclass(frozen=True, slots=True)
 class Diffusion:
     """How a checkpoint's network is to be sampled.
 
     clip: |x0| limit of the original's sampler, or None. timestep_scale: factor from training timestep to the
     network's input (1000 / T with rescale_timesteps). data_range: the original's image values; ours are [-1, 1].
+    spacing, spacing_offset: the timesteps of a shorter run (the offset is added to LEADING ones). keeps_eps: DDIM
+    takes the network's own eps beside a limited x0, rather than the eps that the limited x0 implies.
     """
 
     schedule: NoiseSchedule
@@ -42,6 +58,9 @@ class Diffusion:
     clip: float | None = 1.0
     timestep_scale: float = 1.0
     data_range: tuple[float, float] = (-1.0, 1.0)
+    spacing: Spacing = Spacing.EVEN
+    spacing_offset: int = 0
+    keeps_eps: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -51,6 +70,9 @@ class Diffusion:
             "clip": self.clip,
             "timestep_scale": self.timestep_scale,
             "data_range": list(self.data_range),
+            "spacing": self.spacing.value,
+            "spacing_offset": self.spacing_offset,
+            "keeps_eps": self.keeps_eps,
         }
 
     @classmethod
@@ -63,6 +85,9 @@ class Diffusion:
                 clip=data["clip"],
                 timestep_scale=float(data["timestep_scale"]),
                 data_range=(float(data["data_range"][0]), float(data["data_range"][1])),
+                spacing=Spacing(data["spacing"]),
+                spacing_offset=int(data["spacing_offset"]),
+                keeps_eps=bool(data["keeps_eps"]),
             )
         except (KeyError, ValueError, TypeError, IndexError) as error:
             raise ConfigError(f"the diffusion description is incomplete or wrong: {error!r}") from error
@@ -82,6 +107,18 @@ def x0_coefficients(schedule: NoiseSchedule, prediction: Prediction) -> tuple[Fl
             return np.zeros_like(abar), np.ones_like(abar)
         case Prediction.V:
             return np.sqrt(abar), -np.sqrt(1 - abar)
+
+
+def eps_coefficients(schedule: NoiseSchedule, prediction: Prediction) -> tuple[Float64, Float64]:
+    """(a, b), each [T], with eps = a x_t + b out: the noise that an unlimited prediction implies."""
+    abar = schedule.alphas_cumprod
+    match prediction:
+        case Prediction.EPS:
+            return np.zeros_like(abar), np.ones_like(abar)
+        case Prediction.X0:
+            return 1 / np.sqrt(1 - abar), -np.sqrt(abar / (1 - abar))
+        case Prediction.V:
+            return np.sqrt(1 - abar), np.sqrt(abar)
 
 
 def log_variance_bounds(schedule: NoiseSchedule, variance: Variance) -> tuple[Float64, Float64]:

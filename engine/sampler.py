@@ -22,7 +22,7 @@ from engine.errors import RequestError
 from engine.guidance import ClassifierGuidance
 from engine.noise import LABELS, NOISE, NoiseSource, normal, uniform
 from engine.prediction import Variance
-from engine.solvers import COLUMNS, StepTable, ddim_table, ddpm_table
+from engine.solvers import COLUMNS, Steps, StepTable, ddim_table, ddpm_table
 from kernels.reference import Coefficients, solver_update
 
 _TIMESTEP = COLUMNS.index("timestep")
@@ -192,7 +192,7 @@ class Sampler:
         self,
         n: int,
         *,
-        steps: int | str = 50,
+        steps: Steps = 50,
         sampler: str = "ddim",
         eta: float = 0.0,
         variance: Variance | None = None,
@@ -220,7 +220,7 @@ class Sampler:
                 images[step.request.index] = step.x_prev.clamp(-1, 1)
         return images
 
-    def table(self, steps: int | str, sampler: str, eta: float = 0.0, variance: Variance | None = None) -> StepTable:
+    def table(self, steps: Steps, sampler: str, eta: float = 0.0, variance: Variance | None = None) -> StepTable:
         """The table of a named sampler on this checkpoint's schedule; raises RequestError for an unknown name."""
         if sampler == "ddpm":
             if eta:

@@ -11,12 +11,21 @@ A coefficient of 0 means that its operand is not used.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.errors import RequestError
-from engine.prediction import Diffusion, Variance, log_variance_bounds, x0_coefficients
+from engine.prediction import (
+    Diffusion,
+    Spacing,
+    Variance,
+    eps_coefficients,
+    log_variance_bounds,
+    x0_coefficients,
+)
 from engine.schedule import Float64, NoiseSchedule, space_timesteps
 
 
@@ -53,8 +62,41 @@ class StepTable:
 COLUMNS = tuple(f.name for f in dataclasses.fields(StepTable))
 
 
-def _visited(diffusion: Diffusion, steps: int | str) -> NoiseSchedule:
-    return diffusion.schedule.respaced(space_timesteps(len(diffusion.schedule), steps))
+Steps = int | str | Sequence[int]
+"""A number of steps in the checkpoint's own spacing, a respacing string, or the timesteps themselves (ascending)."""
+
+
+def visited_timesteps(diffusion: Diffusion, steps: Steps) -> NDArray[np.int64]:
+    """Ascending indices into the schedule; raises RequestError for timesteps that are none or out of order."""
+    total = len(diffusion.schedule)
+    if not isinstance(steps, int | str):
+        chosen = np.array(list(steps), dtype=np.int64)
+        if not len(chosen) or chosen[0] < 0 or chosen[-1] >= total or np.any(np.diff(chosen) <= 0):
+            raise RequestError(f"timesteps must ascend within 0 to {total - 1}, got {list(steps)[:8]}")
+        return chosen
+    text = str(steps).strip()
+    if diffusion.spacing is Spacing.EVEN or not text.isdigit():
+        return space_timesteps(total, text)
+    return _spaced(diffusion, int(text), total)
+
+
+def _spaced(diffusion: Diffusion, count: int, total: int) -> NDArray[np.int64]:
+    if not 1 <= count <= total:
+        raise RequestError(f"cannot take {count} steps of {total}; take 1 to {total}")
+    match diffusion.spacing:
+        case Spacing.LEADING:
+            chosen = np.arange(count) * (total // count) + diffusion.spacing_offset
+        case Spacing.TRAILING:
+            chosen = np.round(np.arange(total, 0, -total / count))[::-1] - 1
+        case Spacing.LINSPACE:
+            chosen = np.round(np.linspace(0, total - 1, count))
+        case _:
+            chosen = np.trunc(np.linspace(-1, total - 1, count + 1)[1:])
+    return np.unique(np.minimum(chosen.astype(np.int64), total - 1))
+
+
+def _visited(diffusion: Diffusion, steps: Steps) -> NoiseSchedule:
+    return diffusion.schedule.respaced(visited_timesteps(diffusion, steps))
 
 
 def _common(diffusion: Diffusion, schedule: NoiseSchedule) -> dict[str, Float64]:
@@ -74,7 +116,7 @@ def _descending(columns: dict[str, Float64]) -> StepTable:
     return StepTable(**{name: values[::-1].copy() for name, values in columns.items()})
 
 
-def ddpm_table(diffusion: Diffusion, steps: int | str, variance: Variance | None = None) -> StepTable:
+def ddpm_table(diffusion: Diffusion, steps: Steps, variance: Variance | None = None) -> StepTable:
     """Ancestral sampling, x_{t-1} ~ N(posterior mean(x0, x_t), var); DDPM (Ho et al., 2020), algorithm 2.
 
     steps: a count or an improved-diffusion respacing string. variance: the checkpoint's own unless given.
@@ -101,10 +143,10 @@ def ddpm_table(diffusion: Diffusion, steps: int | str, variance: Variance | None
     )
 
 
-def ddim_table(diffusion: Diffusion, steps: int | str, eta: float = 0.0) -> StepTable:
+def ddim_table(diffusion: Diffusion, steps: Steps, eta: float = 0.0) -> StepTable:
     """DDIM (Song et al., 2021), eq. 12 and 16; eta 0 is deterministic, eta 1 is DDPM with the posterior variance.
 
-    eps is re-derived from the limited x0, as in guided-diffusion. A classifier's gradient moves eps by
+    eps is re-derived from the limited x0, as in guided-diffusion, or the network's own (Diffusion.keeps_eps). A classifier's gradient moves eps by
     -sqrt(1 - abar) grad (Dhariwal & Nichol, 2021, algorithm 2), which is H on x0. Raises RequestError for eta < 0
     or an eta whose noise would exceed the step's whole variance.
     """
@@ -114,18 +156,24 @@ def ddim_table(diffusion: Diffusion, steps: int | str, eta: float = 0.0) -> Step
     if not (np.isfinite(eta) and eta >= 0 and np.all(sigma**2 <= 1 - previous + 1e-12)):
         raise RequestError(f"eta must lie between 0 and 1, got {eta}")
     towards_xt = np.sqrt(np.maximum(1 - previous - sigma**2, 0.0))
-    return _descending(
-        _common(diffusion, schedule)
-        | {
+    columns = _common(diffusion, schedule) | {"H": (1 - abar) / np.sqrt(abar), "S": sigma}
+    if diffusion.keeps_eps:
+        from_xt, from_out = eps_coefficients(schedule, diffusion.prediction)
+        columns |= {
+            "P": np.sqrt(previous),
+            "Q": towards_xt * from_xt,
+            "E": towards_xt * from_out,
+            "G": -towards_xt * np.sqrt(1 - abar),
+        }
+    else:
+        columns |= {
             "P": np.sqrt(previous) - towards_xt * np.sqrt(abar / (1 - abar)),
             "Q": towards_xt / np.sqrt(1 - abar),
-            "H": (1 - abar) / np.sqrt(abar),
-            "S": sigma,
         }
-    )
+    return _descending(columns)
 
 
-def ddim_inversion_table(diffusion: Diffusion, steps: int | str) -> StepTable:
+def ddim_inversion_table(diffusion: Diffusion, steps: Steps) -> StepTable:
     """DDIM run from the clean end upwards, eta 0: encodes an image as the noise that decodes to it.
 
     x_{t+1} = sqrt(abar_{t+1}) x0 + sqrt(1 - abar_{t+1}) eps; DDIM (Song et al., 2021), section 4.3. The last row
