@@ -236,7 +236,8 @@ def size_after(block: Block, size: int) -> int:
 
 
 def check_image_size(blocks: tuple[Block, ...], image_size: tuple[int, int]) -> None:
-    """Raises ConfigError if an image of (height, width) does not meet its skip connections at their size."""
+    """Raises ConfigError if an image of (height, width) does not meet its skip connections or pool at their size."""
+    ends = []
     for start in image_size:
         size, stack, fits = start, [], start > 0
         for block in blocks:
@@ -252,6 +253,13 @@ def check_image_size(blocks: tuple[Block, ...], image_size: tuple[int, int]) -> 
                 f"image size {image_size[0]}x{image_size[1]} does not fit a network that halves it {halvings} times; "
                 f"give a multiple of {2**halvings} with --image-size"
             )
+        ends.append(size)
+    pool = blocks[-1] if blocks else None
+    if isinstance(pool, AttentionPool) and pool.tokens != ends[0] * ends[1]:
+        raise ConfigError(
+            f"an image of {image_size[0]}x{image_size[1]} leaves {ends[0] * ends[1]} pixels for an attention pool of "
+            f"{pool.tokens} positions; give the training's size with --image-size"
+        )
 
 
 def check_blocks(blocks: tuple[Block, ...], in_channels: int, out_channels: int) -> None:

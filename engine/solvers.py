@@ -146,14 +146,15 @@ def ddpm_table(diffusion: Diffusion, steps: Steps, variance: Variance | None = N
 def ddim_table(diffusion: Diffusion, steps: Steps, eta: float = 0.0) -> StepTable:
     """DDIM (Song et al., 2021), eq. 12 and 16; eta 0 is deterministic, eta 1 is DDPM with the posterior variance.
 
-    eps is re-derived from the limited x0, as in guided-diffusion, or the network's own (Diffusion.keeps_eps). A classifier's gradient moves eps by
-    -sqrt(1 - abar) grad (Dhariwal & Nichol, 2021, algorithm 2), which is H on x0. Raises RequestError for eta < 0
-    or an eta whose noise would exceed the step's whole variance.
+    eps is re-derived from the limited x0, as in guided-diffusion, or the network's own (Diffusion.keeps_eps). A
+    classifier's gradient moves eps by -sqrt(1 - abar) grad (Dhariwal & Nichol, 2021, algorithm 2), which is H on x0.
+    Raises RequestError for eta < 0 or an eta whose noise would exceed the step's whole variance.
     """
     schedule = _visited(diffusion, steps)
     abar, previous = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
-    sigma = eta * np.sqrt((1 - previous) / (1 - abar) * (1 - abar / previous))
-    if not (np.isfinite(eta) and eta >= 0 and np.all(sigma**2 <= 1 - previous + 1e-12)):
+    is_finite = bool(np.isfinite(eta))
+    sigma = (eta if is_finite else 0.0) * np.sqrt((1 - previous) / (1 - abar) * (1 - abar / previous))
+    if not (is_finite and eta >= 0 and np.all(sigma**2 <= 1 - previous + 1e-12)):
         raise RequestError(f"eta must lie between 0 and 1, got {eta}")
     towards_xt = np.sqrt(np.maximum(1 - previous - sigma**2, 0.0))
     columns = _common(diffusion, schedule) | {"H": (1 - abar) / np.sqrt(abar), "S": sigma}

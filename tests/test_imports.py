@@ -25,8 +25,8 @@ ARROWS = {
 
 # Optional package -> the files that may import it, inside functions only.
 OPTIONAL = {
-    "tensorrt": ["export/to_trt.py"],
-    "tensorrt_rtx": ["export/to_trt.py"],
+    "tensorrt": ["export/trt_build.py"],
+    "tensorrt_rtx": ["export/trt_build.py"],
     "openvino": ["engine/backends/ov.py"],
     "onnxruntime": ["engine/backends/ort.py"],
     "onnx": ["export/*.py"],
