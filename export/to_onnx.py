@@ -1,0 +1,219 @@
+"""From a checkpoint to a bundle that runs wherever ONNX Runtime, OpenVINO or torch does.
+
+    python -m export.to_onnx ckpt.pt        makes ckpt.engine/ with unet.onnx, unet.safetensors and manifest.json
+
+`export_bundle` is the same from Python; export.to_trt adds float16 and TensorRT plans through its arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.backends.eager import checkpoint_manifest
+from engine.bundle import FP16_ONNX_NAME, ONNX_NAME, WEIGHTS_NAME, Bundle, PlanEntry, is_bundle, write_manifest
+from engine.checkpoint import Checkpoint, load_checkpoint
+from engine.config import LabelInput, UNetConfig
+from engine.errors import CheckpointError, ExportError, MissingPackageError
+from engine.facts import facts_from_arguments
+from engine.files import atomic_folder, make_folder
+from engine.unet import UNet
+from export import cli
+from export.passes import name_nodes
+from export.precision import FP16, FP32, half_unet
+from export.verify import verify
+
+logger = logging.getLogger(__name__)
+
+OPSET = 21
+"""GroupNormalization takes its statistics in float32 from here on, and attention is still plain matrix products."""
+
+EXTERNAL_DATA_BYTES = 1_800_000_000
+"""Weights beyond this go to a second file, because a protobuf holds at most 2 GiB."""
+
+_LIBRARIES = ("unet-rt", "torch", "numpy", "onnx", "onnxscript", "onnxruntime", "openvino")
+
+MakePlans = Callable[[Path], tuple[PlanEntry, ...]]
+"""Builds plans from a float16 ONNX file, beside it."""
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    out: str | Path,
+    *,
+    fp16: bool = False,
+    make_plans: MakePlans | None = None,
+    report: cli.Report = logger.info,
+) -> Bundle:
+    """Make the bundle `out` from a checkpoint, whole or not at all; a bundle of that name is replaced.
+
+    fp16: also write unet.fp16.onnx. make_plans: called with its path once it is verified. report: told of each step.
+    Raises CheckpointError for a classifier, ExportError for an artefact that cannot be built or differs by too much,
+    OutputError for a folder that cannot be written or is no bundle, MissingPackageError without onnx.
+    """
+    unet, manifest = checkpoint.unet(), checkpoint_manifest(checkpoint)
+    _check_packages()
+    make_folder(Path(out).absolute().parent)
+    precision = {WEIGHTS_NAME: FP32, ONNX_NAME: FP32}
+    with atomic_folder(Path(out), is_bundle) as folder:
+        report("writing weights and fp32 ONNX")
+        save_weights(checkpoint.weights, folder / WEIGHTS_NAME)
+        export_onnx(unet, folder / ONNX_NAME)
+        if fp16:
+            report("writing fp16 ONNX")
+            export_onnx(half_unet(unet), folder / FP16_ONNX_NAME)
+            precision[FP16_ONNX_NAME] = FP16
+        report("verifying against the checkpoint")
+        measurements = verify(folder, checkpoint)
+        plans: tuple[PlanEntry, ...] = ()
+        if make_plans is not None:
+            report("building plans")
+            plans = make_plans(folder / FP16_ONNX_NAME)
+            precision |= {plan.file: f"as {FP16_ONNX_NAME}, from which it was built" for plan in plans}
+        versions = library_versions() | {plan.library: plan.library_version for plan in plans}
+        write_manifest(
+            folder,
+            dataclasses.replace(
+                manifest, precision=precision, verification=measurements, plans=plans, versions=versions
+            ),
+        )
+    return Bundle.open(out)
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors; raises OSError."""
+    from safetensors.torch import save
+
+    # Through Python's own write: safetensors' gives the file a private mode and hides the error of a full disk.
+    path.write_bytes(save({name: value.contiguous() for name, value in weights.items()}))
+
+
+def export_onnx(unet: UNet, path: Path) -> None:
+    """Write a U-Net as ONNX with a dynamic batch, in the precision of its parameters.
+
+    Inputs x_t [B, C, H, W] and timestep [B], both float32, y (as engine.config.LabelInput says) and cond
+    [B, Cc, H, W] float32 where the network takes them; output `out` [B, C', H, W] float32. Weights beyond
+    EXTERNAL_DATA_BYTES go to `path`.data.
+    Raises ExportError, or OSError where the file cannot be written.
+    """
+    inputs = _example_inputs(unet.config)
+    batch = torch.export.Dim("batch")
+    size_bytes = sum(value.numel() * value.element_size() for value in unet.parameters())
+    with _quiet_exporter():
+        try:
+            program = torch.onnx.export(
+                unet,
+                (),
+                kwargs=inputs,
+                input_names=list(inputs),
+                output_names=["out"],
+                dynamic_shapes={name: {0: batch} for name in inputs},
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+        except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ExportError(f"torch {torch.__version__} cannot export this network: {reason}") from error
+        assert program is not None
+        name_nodes(program.model)
+        program.save(str(path), external_data=size_bytes > EXTERNAL_DATA_BYTES)
+
+
+def library_versions() -> dict[str, str]:
+    """Library -> version of what is installed of those that make or run a bundle."""
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _example_inputs(config: UNetConfig) -> dict[str, Tensor]:
+    """Zeros of batch 2; torch.export would take a batch of 0 or 1 as fixed."""
+    inputs = {
+        "x_t": torch.zeros(2, config.in_channels, *config.image_size),
+        "timestep": torch.zeros(2),
+    }
+    if config.num_classes is not None:
+        inputs["y"] = {
+            LabelInput.TABLE: torch.zeros(2, dtype=torch.int64),
+            LabelInput.NUMBER: torch.zeros(2),
+            LabelInput.VECTOR: torch.zeros(2, config.time_channels),
+        }[config.label]
+    if config.cond_channels:
+        inputs["cond"] = torch.zeros(2, config.cond_channels, *config.image_size)
+    return inputs
+
+
+def _check_packages() -> None:
+    for package in ("onnx", "onnxscript"):
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise MissingPackageError(package, "the ONNX export", "onnx") from error
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """torch's exporter warns of its own deprecations and of packages it does not need."""
+    names = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+def read_checkpoint(args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint of a command line; logs what was assumed. Raises CheckpointError."""
+    checkpoint = load_checkpoint(args.checkpoint, **facts_from_arguments(args))
+    if checkpoint.is_classifier:
+        raise CheckpointError(
+            f"{args.checkpoint} is a noise-conditioned classifier; pass the U-Net's checkpoint. Guidance reads the "
+            "classifier's file directly"
+        )
+    for assumption in checkpoint.assumptions:
+        logger.info("assumed %s", assumption)
+    return checkpoint
+
+
+EXAMPLES = """examples:
+  python -m export.to_onnx assets/digits.pt --image-size 32 --num-head-channels 32 --noise-schedule cosine
+  python -m export.to_onnx ema_0.9999_500000.pt --family openai-improved --noise-schedule cosine --out cifar.engine
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = cli.make_parser(
+        "export.to_onnx", "Make a verified bundle with fp32 weights and ONNX from a trained checkpoint.", EXAMPLES
+    )
+
+    def work(args: argparse.Namespace) -> Bundle:
+        checkpoint = read_checkpoint(args)
+        with cli.progress(2) as report:
+            return export_bundle(checkpoint, cli.output_folder(args), report=report)
+
+    return cli.run(work, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""From a checkpoint to a bundle with TensorRT plans.
+
+    python -m export.to_trt ckpt.pt     makes ckpt.engine/ with unet.onnx, unet.fp16.onnx and unet.rtx.plan
+
+Where no TensorRT is installed the bundle is made without a plan and runs on the other backends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.bundle import Bundle, PlanEntry
+from engine.checkpoint import Checkpoint
+from engine.config import UNetConfig
+from export import cli
+from export.to_onnx import export_bundle, read_checkpoint
+from export.trt_build import DEFAULT_BATCH, RTX_PIP_LINE, PlanBuilder, find_builders
+
+logger = logging.getLogger(__name__)
+
+
+def export_trt_bundle(
+    checkpoint: Checkpoint,
+    out: str | Path,
+    *,
+    targets: tuple[str, ...] | None = None,
+    batch: tuple[int, int, int] = DEFAULT_BATCH,
+    report: cli.Report = logger.info,
+) -> Bundle:
+    """Make the bundle `out` with fp32 and fp16 ONNX and a plan of each TensorRT that works here.
+
+    targets: compute capabilities such as "sm89" for TensorRT-RTX, None for all it knows. batch: smallest, best and
+    largest batch of a plan. Raises what export.to_onnx.export_bundle raises, and ExportError for a target that is
+    unknown or cannot be built. Without TensorRT the bundle has no plan and a warning is logged.
+    """
+    builders = find_builders(targets)
+    if not builders:
+        logger.warning("no TensorRT is installed here, so no plan is built; install it with: %s", RTX_PIP_LINE)
+
+    def make_plans(onnx: Path) -> tuple[PlanEntry, ...]:
+        return _build(builders, onnx, checkpoint.config, batch)
+
+    return export_bundle(checkpoint, out, fp16=True, make_plans=make_plans if builders else None, report=report)
+
+
+def _build(
+    builders: Sequence[PlanBuilder], onnx: Path, config: object, batch: tuple[int, int, int]
+) -> tuple[PlanEntry, ...]:
+    assert isinstance(config, UNetConfig)
+    return tuple(builder.build(onnx, config, batch, "fp16") for builder in builders)
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """ "sm86,sm89" as ("sm86", "sm89"), each once."""
+    targets = tuple(dict.fromkeys(part.strip().lower() for part in text.split(",") if part.strip()))
+    if not targets:
+        raise argparse.ArgumentTypeError('expected compute capabilities such as "sm86,sm89"')
+    return targets
+
+
+def parse_batch(text: str) -> tuple[int, int, int]:
+    """ "1:8:64" as (1, 8, 64); the numbers ascend."""
+    try:
+        low, best, high = (int(part) for part in text.split(":"))
+    except ValueError:
+        low, best, high = 0, 0, 0
+    if not 1 <= low <= best <= high:
+        raise argparse.ArgumentTypeError(f'{text!r}: expected smallest:best:largest batch, such as "1:8:64"')
+    return low, best, high
+
+
+EXAMPLES = """examples:
+  python -m export.to_trt assets/digits.pt --image-size 32 --num-head-channels 32 --noise-schedule cosine
+  python -m export.to_trt ema_0.9999_500000.pt --family openai-improved --target sm86,sm89 --batch 1:16:128
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = cli.make_parser(
+        "export.to_trt", "Make a verified bundle with TensorRT plans from a trained checkpoint.", EXAMPLES
+    )
+    parser.add_argument(
+        "--target",
+        type=parse_targets,
+        metavar="SM,...",
+        help="compute capabilities of the TensorRT-RTX plan, such as sm86,sm89 (default: all it knows)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=parse_batch,
+        metavar="MIN:OPT:MAX",
+        default=DEFAULT_BATCH,
+        help="smallest, best and largest batch of the plans (default 1:8:64)",
+    )
+
+    def work(args: argparse.Namespace) -> Bundle:
+        find_builders(args.target)  # a wrong target is said before the work begins
+        checkpoint = read_checkpoint(args)
+        with cli.progress(4) as report:
+            return export_trt_bundle(
+                checkpoint, cli.output_folder(args), targets=args.target, batch=args.batch, report=report
+            )
+
+    return cli.run(work, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

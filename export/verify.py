@@ -1,0 +1,272 @@
+"""Every artefact beside the fp32 U-Net, on the inputs it will really see.
+
+The fp32 network samples a few images by DDIM; the states x_t on the way, at timesteps spread over the schedule, are
+the inputs. Each artefact that this machine can run gets them one by one and in batches that mix timesteps. The
+difference is judged relative to the rms of the network's own output, and where a runner can show intermediate
+results the block that differs most is named.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.backends import Backend
+from engine.backends.eager import checkpoint_manifest
+from engine.backends.ort import OrtBackend
+from engine.backends.ov import OpenVINOBackend, has_bf16
+from engine.bundle import FP16_ONNX_NAME, ONNX_NAME, WEIGHTS_NAME, Manifest, Measurement
+from engine.checkpoint import Checkpoint
+from engine.config import UNetConfig
+from engine.errors import ExportError, MissingPackageError
+from engine.noise import normal
+from engine.sampler import Sampler
+from engine.unet import UNet
+from export import layers
+from export.precision import GpuHalf, half_unet
+
+logger = logging.getLogger(__name__)
+
+IMAGES, STEPS, VISITED = 4, 10, 5
+"""Images sampled, DDIM steps taken, and how many of those steps give inputs."""
+
+LIMITS = {
+    # Sums in another order and Winograd's convolutions: 3e-7 to 2e-6 measured. A wrong weight or operator gives 1e-2.
+    "fp32": 3e-5,
+    # Eleven bits of mantissa, rounded after every operator: 5e-4 to 2.4e-3 measured. An overflow gives infinity.
+    "fp16": 1e-2,
+    # Eight bits: 5e-3 to 7e-2 measured, more for steep attention. bf16 runs only where it is asked for, so its error
+    # is recorded for that choice and only nonsense fails.
+    "bf16": 5e-1,
+}
+"""Largest rms error accepted, relative to the rms of the network's output, for each precision."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """One call: x_t [B, C, H, W], timestep [B], y [B] int64 or None, cond [B, Cc, H, W] or None."""
+
+    x_t: Tensor
+    timestep: Tensor
+    y: Tensor | None
+    cond: Tensor | None
+
+    @property
+    def is_single(self) -> bool:
+        return len(self.x_t) == 1
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The inputs this network has, by name."""
+        named = {"x_t": self.x_t, "timestep": self.timestep, "y": self.y, "cond": self.cond}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def image(self, index: int) -> Case:
+        """One image of the batch, as a batch of one."""
+        return Case(
+            self.x_t[index, None],
+            self.timestep[index, None],
+            None if self.y is None else self.y[index, None],
+            None if self.cond is None else self.cond[index, None],
+        )
+
+
+def join(cases: Sequence[Case]) -> Case:
+    """Cases of one network as one batch."""
+    columns = [case.inputs() for case in cases]
+    joined = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
+    return Case(joined["x_t"], joined["timestep"], joined.get("y"), joined.get("cond"))
+
+
+class _Recorder:
+    """A backend that runs the fp32 U-Net on the CPU and keeps what it was called with."""
+
+    name, precision, device = "eager", "fp32", torch.device("cpu")
+
+    def __init__(self, unet: UNet, manifest: Manifest) -> None:
+        self.manifest, self.calls = manifest, list[Case]()
+        self._unet = unet
+
+    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+        self.calls.append(Case(x_t.clone(), timestep, y, cond))
+        with torch.no_grad():
+            return self._unet(x_t, timestep, y, cond)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def real_cases(unet: UNet, manifest: Manifest) -> tuple[Case, ...]:
+    """Inputs from DDIM trajectories: VISITED single images, then IMAGES - 1 batches that mix timesteps."""
+    config = manifest.config
+    recorder = _Recorder(unet, manifest)
+    classes = config.num_classes
+    Sampler(recorder).sample(
+        IMAGES,
+        steps=min(STEPS, len(manifest.diffusion.schedule)),
+        labels=None if classes is None else [round(y) for y in np.linspace(0, classes - 1, IMAGES)],
+        cond=_conditions(config) if config.cond_channels and not config.self_condition else None,
+        batch_size=IMAGES,
+    )
+    rows = np.unique(np.linspace(0, len(recorder.calls) - 1, VISITED).round().astype(int))
+    calls = [recorder.calls[row] for row in rows]
+    singles = tuple(call.image(0) for call in calls)
+    return singles + tuple(join([call.image(i) for call in calls]) for i in range(1, IMAGES))
+
+
+def _conditions(config: UNetConfig) -> Tensor:
+    """Smooth random images [IMAGES, Cc, h, w] in [-1, 1], an eighth of the network's size."""
+    shape = (config.cond_channels, *(max(1, size // 8) for size in config.image_size))
+    noise = normal([1000 + i for i in range(IMAGES)], [0] * IMAGES, shape)
+    return torch.from_numpy(noise).mul(0.5).clamp(-1, 1)
+
+
+@dataclass(slots=True)
+class Difference:
+    """Accumulates how far results are from what was wanted."""
+
+    max_abs: float = 0.0
+    squares: float = 0.0
+    wanted_squares: float = 0.0
+    count: int = 0
+
+    def add(self, got: Tensor, wanted: Tensor) -> None:
+        error = got.double() - wanted.double()
+        # max() of a NaN and a number depends on their order; a NaN must stay.
+        self.max_abs = float(np.maximum(self.max_abs, float(error.abs().max())))
+        self.squares += float(error.square().sum())
+        self.wanted_squares += float(wanted.double().square().sum())
+        self.count += wanted.numel()
+
+    @property
+    def rms(self) -> float:
+        return float(np.sqrt(self.squares / self.count))
+
+    @property
+    def wanted_rms(self) -> float:
+        return float(np.sqrt(self.wanted_squares / self.count))
+
+    @property
+    def relative(self) -> float:
+        """rms over the wanted rms; infinite where it is not a number, so that it is never taken for small."""
+        ratio = self.rms / max(self.wanted_rms, 1e-30)
+        return ratio if np.isfinite(ratio) else float("inf")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Runner:
+    """One way to run one artefact. layers: results of the blocks by their index, for a batch of one."""
+
+    artefact: str
+    name: str
+    precision: str
+    run: Callable[[Case], Tensor]
+    layers: Callable[[Case], Mapping[int, Tensor]] | None = None
+
+
+def runners(folder: Path, unet: UNet, manifest: Manifest) -> Iterator[Runner]:
+    """Every way that this machine has to run an artefact of the folder; each is released when the next is asked for."""
+    if (folder / ONNX_NAME).exists():
+        yield from _onnxruntime(folder / ONNX_NAME, manifest, "fp32")
+        yield from _openvino(folder / ONNX_NAME, manifest)
+    if (folder / FP16_ONNX_NAME).exists():
+        yield from _onnxruntime(folder / FP16_ONNX_NAME, manifest, "fp16")
+        yield _torch_fp16(unet)
+
+
+def _onnxruntime(path: Path, manifest: Manifest, precision: str) -> Iterator[Runner]:
+    try:
+        backend = OrtBackend(manifest, path, precision, None)
+        blocks = layers.OnnxLayers(path)
+    except MissingPackageError:
+        return
+    yield Runner(path.name, "onnxruntime cpu", precision, _caller(backend), lambda case: blocks(case.inputs()))
+    backend.close()
+
+
+def _openvino(path: Path, manifest: Manifest) -> Iterator[Runner]:
+    for precision in ("fp32", "bf16") if has_bf16() else ("fp32",):
+        try:
+            backend = OpenVINOBackend(manifest, path, precision, None)
+        except MissingPackageError:
+            return
+        yield Runner(path.name, "openvino cpu", precision, _caller(backend))
+        backend.close()
+
+
+def _torch_fp16(unet: UNet) -> Runner:
+    """The float16 network in torch, every intermediate rounded as on a GPU: what plans and CUDA compute."""
+    half = half_unet(unet)
+
+    def run(case: Case) -> Tensor:
+        with GpuHalf(), torch.no_grad():
+            return half(**case.inputs())
+
+    def run_layers(case: Case) -> Mapping[int, Tensor]:
+        with GpuHalf():
+            return layers.torch_layers(half, case.inputs())
+
+    return Runner(WEIGHTS_NAME, "torch cpu", "fp16", run, run_layers)
+
+
+def _caller(backend: Backend) -> Callable[[Case], Tensor]:
+    return lambda case: backend(case.x_t, case.timestep, case.y, case.cond)
+
+
+def measure(runner: Runner, unet: UNet, cases: Sequence[Case], wanted: Sequence[Tensor]) -> Measurement:
+    """The runner's error over all cases. wanted: the fp32 network's results."""
+    total, blocks = Difference(), dict[int, Difference]()
+    for case, reference in zip(cases, wanted, strict=True):
+        total.add(runner.run(case), reference)
+        if case.is_single and runner.layers is not None:
+            expected = layers.torch_layers(unet, case.inputs())
+            for index, value in runner.layers(case).items():
+                if value.shape == expected[index].shape:
+                    blocks.setdefault(index, Difference()).add(value, expected[index])
+    worst = max(blocks, key=lambda index: blocks[index].relative, default=None)
+    return Measurement(
+        artefact=runner.artefact,
+        runner=runner.name,
+        precision=runner.precision,
+        max_abs=total.max_abs,
+        rms=total.rms,
+        reference_rms=total.wanted_rms,
+        limit=LIMITS[runner.precision],
+        worst_layer=None if worst is None else f"blocks.{worst} {type(unet.config.blocks[worst]).__name__}",
+        worst_layer_error=None if worst is None else blocks[worst].relative,
+    )
+
+
+def verify(folder: Path, checkpoint: Checkpoint) -> tuple[Measurement, ...]:
+    """Measure every artefact in the folder that this machine can run; raises ExportError past a limit."""
+    unet, manifest = checkpoint.unet(), checkpoint_manifest(checkpoint)
+    cases = real_cases(unet, manifest)
+    with torch.no_grad():
+        wanted = [unet(**case.inputs()) for case in cases]
+    results = [measure(runner, unet, cases, wanted) for runner in runners(folder, unet, manifest)]
+    for name in (ONNX_NAME, FP16_ONNX_NAME):
+        if (folder / name).exists() and all(result.artefact != name for result in results):
+            logger.warning("%s was not verified: install a library that runs it: pip install 'unet-rt[cpu]'", name)
+    check(results)
+    return tuple(results)
+
+
+def check(measurements: Sequence[Measurement]) -> None:
+    """Raise ExportError if one is past its limit."""
+    failed = [m for m in measurements if not m.passed]
+    if not failed:
+        return
+    lines = [
+        f"  {m.artefact} on {m.runner} in {m.precision}: error {m.relative:.2g} of the output's rms, "
+        f"limit {m.limit:.0e}" + (f"; worst layer {m.worst_layer}, {m.worst_layer_error:.2g}" if m.worst_layer else "")
+        for m in failed
+    ]
+    remedy = "do not use it; please report the checkpoint's family and these lines"
+    if all(m.precision != "fp32" for m in failed):
+        remedy = "this network needs fp32: export it with python -m export.to_onnx CHECKPOINT"
+    raise ExportError("the export differs from the checkpoint by too much:\n" + "\n".join(lines) + f"\n{remedy}")
