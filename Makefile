@@ -12,7 +12,8 @@ NO_DEPS := denoising-diffusion-pytorch pytorch-fid
 NO_DEPS_NEED := einops ema-pytorch accelerate scipy
 
 # What assets/digits.pt does not hold (assets/MODEL_CARD.md).
-DIGITS_FACTS := --family openai-guided --image-size 32x32 --num-head-channels 32 --noise-schedule cosine --null-class 10
+DIGITS_FACTS := --family openai-guided --image-size 32x32 --num-head-channels 32 --noise-schedule cosine \
+    --prediction x0 --null-class 10
 TARGETS := sm86,sm89,sm120
 
 # Reference data of the original implementations, where it lies beside the checkout.
@@ -36,7 +37,7 @@ demo: venv
 	rm -rf demo
 	$(PY) -m export.to_trt assets/digits.pt --out demo/digits.engine --target $(TARGETS) $(DIGITS_FACTS)
 	$(PY) -m engine sample demo/digits.engine -n 100 --steps 50 --sampler ddim --per-class --seed 0 \
-	    --grid demo/digits.png --out demo/samples
+	    --grid demo/digits.png --enlarge 2 --out demo/samples
 
 test: venv
 	$(PY) -m pytest -m "not slow and not gpu"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import export.to_onnx
 import export.verify
-from engine import load_checkpoint, open_backend
+from engine import Sampler, load_checkpoint, open_backend
 from engine.backends import Backend
 from engine.bundle import FP16_ONNX_NAME, MANIFEST_NAME, ONNX_NAME, WEIGHTS_NAME, Bundle
 from engine.checkpoint import Checkpoint
@@ -260,6 +260,22 @@ def open_here(made: Made, backend: str, precision: str) -> Backend:
 
 
 # ---------------------------------------------------------------- plans
+
+
+@pytest.mark.parametrize("backend", ["ort", "ov"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_seed_is_an_image_alone_in_a_batch_and_at_any_slot(made, backend, sampler):
+    opened = Sampler.open(made.bundle, backend)
+    options = {"steps": 5, "sampler": sampler}
+    together = opened.sample(8, seed=40, batch_size=8, **options)
+    refilled = opened.sample(8, seed=40, batch_size=3, **options)
+    turned = opened.sample(8, seeds=[47, 46, 45, 44, 43, 42, 41, 40], batch_size=8, **options)
+    alone = torch.cat([opened.sample(1, seed=40 + i, **options) for i in range(8)])
+    opened.close()
+    assert torch.equal(alone, together)
+    assert torch.equal(alone, refilled)
+    assert torch.equal(alone, turned.flip(0))
+    assert not torch.equal(alone[0], alone[1])
 
 
 @pytest.mark.trt

@@ -26,7 +26,7 @@ class EagerBackend:
         self.manifest, self.precision = manifest, precision
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._threads = threads
-        self._unet: UNet | None = unet.to(device=self.device, dtype=_DTYPES[precision])
+        self._unet: UNet | None = _in_precision(unet, _DTYPES[precision]).to(self.device)
 
     @classmethod
     def from_weights(cls, manifest: Manifest, path: Path, precision: str, threads: int | None) -> EagerBackend:
@@ -57,6 +57,15 @@ class EagerBackend:
 
     def close(self) -> None:
         self._unet = None
+
+
+def _in_precision(unet: UNet, dtype: torch.dtype) -> UNet:
+    """The network in this type, but for Fourier frequencies: the angles of a timestep need float32."""
+    frequencies = unet.time.frequencies.detach().clone() if unet.config.time.has_frequencies else None
+    unet = unet.to(dtype)
+    if frequencies is not None:
+        unet.time.frequencies = torch.nn.Parameter(frequencies, requires_grad=False)
+    return unet
 
 
 def checkpoint_manifest(checkpoint: Checkpoint, versions: Mapping[str, str] | None = None) -> Manifest:
