@@ -24,7 +24,7 @@ class Norm(Enum):
     """Normalisation: over groups of channels; at each pixel over channels by root mean square or by mean and variance
     (LAYER); AFFINE only scales and shifts (a folded batch norm); NONE is the identity and holds no weights.
 
-    Instance norm is GROUP with one channel a group.
+    Instance norm is GROUP with one channel a group, which `groups` = 0 says whatever the number of channels.
     """
 
     GROUP = "group"
@@ -35,12 +35,13 @@ class Norm(Enum):
 
 
 class Activation(Enum):
-    """Pointwise non-linearities; GELU is the exact one (erf)."""
+    """Pointwise non-linearities; GELU is the exact one (erf), NONE the identity."""
 
     SILU = "silu"
     RELU = "relu"
     MISH = "mish"
     GELU = "gelu"
+    NONE = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,8 @@ class ResBlock:
     (scale, shift) on a norm's result (the second norm, or the first if conv_first) rather than added before the norm.
     has_projection: False for a block that does not see the timestep. resample: applied after the first activation and
     on the shortcut. A 1x1 convolution sits on the shortcut where the channel counts differ or has_shortcut says so.
-    output_scale: factor on the sum.
+    output_scale: factor on the sum. groups_out: groups of the second norm, if they differ. fir: resampling filters with
+    (1, 3, 3, 1) rather than repeating or averaging.
     """
 
     in_channels: int
@@ -75,6 +77,8 @@ class ResBlock:
     has_projection: bool = True
     has_shortcut: bool = False
     output_scale: float = 1.0
+    groups_out: int | None = None
+    fir: bool = False
 
     @property
     def projection_channels(self) -> int:
@@ -87,8 +91,9 @@ class ResBlock:
 class Attention:
     """h + out(attention(qkv(norm(h)))) over all pixels; qkv rows are ordered q, k, v, each heads x head_dim.
 
-    memory: learned keys and values a head, in front of the pixels'. cosine: q and k are normalised to unit length (and
-    the scale is part of nothing: cosine_scale multiplies the scores). adds_to_norm: the residual is norm(h), not h.
+    memory: learned keys and values a head, in front of the pixels'. cosine_scale: each channel of q and k has unit
+    length over the pixels (not each pixel over its channels), and the scores this factor. adds_to_norm: the residual
+    is norm(h), not h.
     output_scale: factor on the sum. Weights: norm, qkv, out, memory [2, heads, memory, head_dim].
     """
 
@@ -127,13 +132,15 @@ class LinearAttention:
 class Downsample:
     """Halves height and width: k x k convolution of stride 2, or 2x2 average (rounded down at odd sizes).
 
-    Zero padding: (kernel - 1) // 2 on every side, or only at the right and bottom (pads_end: by 1).
+    Zero padding: (kernel - 1) // 2 on every side, or only at the right and bottom (pads_end: by 1). out_channels: of
+    the convolution, if not `channels`.
     """
 
     channels: int
     conv: bool
     kernel: int = 3
     pads_end: bool = False
+    out_channels: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +195,36 @@ class Pop:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageSave:
+    """Keep h as the side image: a second map of few channels that runs beside h, as in NCSN++ (Song et al., 2021)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageIn:
+    """Halve the side image with the filter (1, 3, 3, 1); add its 1x1 convolution to h, which has `channels`."""
+
+    image_channels: int
+    channels: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOut:
+    """side image = 3x3 conv(SiLU(GroupNorm(h))) plus, unless is_first, the side image at double resolution (filtered
+    with (1, 3, 3, 1)); h stays."""
+
+    channels: int
+    image_channels: int
+    groups: int = 32
+    eps: float = 1e-5
+    is_first: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ImageAdd:
+    """h plus the side image at double resolution, filtered with (1, 3, 3, 1)."""
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionPool:
     """CLIP-style pooling: attention over [mean, pixels], a learned position each; the mean's token is the result."""
 
@@ -219,6 +256,10 @@ Block = (
     | Pad
     | Push
     | Pop
+    | ImageSave
+    | ImageIn
+    | ImageOut
+    | ImageAdd
     | AttentionPool
     | AveragePool
 )
@@ -236,6 +277,10 @@ _BLOCK_TYPES: dict[str, type[Block]] = {
     "pad": Pad,
     "push": Push,
     "pop": Pop,
+    "image_save": ImageSave,
+    "image_in": ImageIn,
+    "image_out": ImageOut,
+    "image_add": ImageAdd,
     "attention_pool": AttentionPool,
     "average_pool": AveragePool,
 }

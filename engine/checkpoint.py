@@ -7,7 +7,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from engine.facts import Facts, flag, make_facts
 from engine.prediction import Diffusion
 from engine.safe_pickle import read_torch_file
 from engine.unet import UNet
+
+if TYPE_CHECKING:
+    from engine.folder import FolderContent
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ def build_unet(config: UNetConfig, weights: Mapping[str, Tensor]) -> UNet:
 
 
 def load_checkpoint(path: str | Path, **facts: Any) -> Checkpoint:
-    """Read a training checkpoint of any known family; the file's content is never run.
+    """Read a training checkpoint of any known family, a file or a folder; its content is never run.
 
     facts: what the file does not hold, e.g. image_size=(32, 32), noise_schedule="cosine" (engine.facts.Facts lists
     them). Raises CheckpointError for a file that cannot be read or contradicts the facts, and UnknownFamilyError
@@ -88,7 +91,7 @@ def load_checkpoint(path: str | Path, **facts: Any) -> Checkpoint:
 
     source = Path(path)
     said = make_facts(facts)
-    raw = without_wrappers(read_file(source))
+    raw = _read_folder(source, said.weights) if source.is_dir() else without_wrappers(read_file(source))
     known = ", ".join(name for family in FAMILIES for name in family.NAMES)
     if said.family is not None and all(said.family not in family.NAMES for family in FAMILIES):
         raise CheckpointError(f"unknown family {said.family!r}; known: {known}")
@@ -102,7 +105,7 @@ def load_checkpoint(path: str | Path, **facts: Any) -> Checkpoint:
                 weights=translation.weights,
                 diffusion=translation.diffusion,
                 assumptions=translation.assumptions,
-                sha256=file_sha256(source),
+                sha256=raw.sha256 if source.is_dir() else file_sha256(source),
             )
     needed = "\n".join(f"  {'/'.join(family.NAMES)}: {family.NEEDS}" for family in FAMILIES)
     raise UnknownFamilyError(
@@ -144,12 +147,21 @@ class Assumptions:
         return tuple(self._made)
 
 
+def _read_folder(folder: Path, weights: str | None) -> FolderContent:
+    from engine.folder import read_folder
+
+    try:
+        return read_folder(folder, weights)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
+
+
 def read_file(path: Path) -> Any:
     """The content of a checkpoint file as plain data and CPU tensors; raises CheckpointError."""
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; pass the path of a checkpoint file")
     if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; pass the checkpoint file inside it")
+        raise CheckpointError(f"{path} is a folder; a file is needed here")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty (0 bytes); copy the checkpoint again")
     try:
@@ -216,6 +228,8 @@ def _check_weights(config: UNetConfig | ClassifierConfig, weights: Mapping[str, 
 
 
 def _describe(raw: Any) -> str:
+    if hasattr(raw, "unet_config"):
+        return f"a folder with config.json of a {raw.unet_config.get('_class_name', 'network without a class name')}"
     if not isinstance(raw, Mapping):
         return f"an object of type {type(raw).__name__}, not a dictionary"
     keys = [str(key) for key in raw]

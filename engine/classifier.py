@@ -88,8 +88,10 @@ class AutogradGuide:
         y [B] int64, scale [B] float32; a scale of 0 gives a gradient of exactly 0 for that image.
         Dhariwal & Nichol, Diffusion Models Beat GANs (2021), section 4.1.
         """
-        with torch.enable_grad():
-            x = x_t.detach().requires_grad_(True)
+        # A tensor made under the caller's inference_mode cannot take part in autograd; its copy can.
+        with torch.inference_mode(False), torch.enable_grad():
+            x_t, timestep, y, scale = (value.detach().clone() for value in (x_t, timestep, y, scale))
+            x = x_t.requires_grad_(True)
             log_p = F.log_softmax(self._classifier(x, timestep).float(), dim=1)
             chosen = log_p.gather(1, y[:, None])[:, 0]
             (grad,) = torch.autograd.grad((chosen * scale).sum(), x)

@@ -10,15 +10,16 @@ from typing import Any
 from engine.bundle import Bundle, Manifest, Measurement
 from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.command import table
-from engine.config import ClassifierConfig, UNetConfig
+from engine.config import ClassifierConfig, LabelInput, UNetConfig
 from engine.errors import RequestError
 from engine.facts import facts_from_arguments, flag
+from engine.folder import is_model_folder
 from engine.prediction import Diffusion
 
 
 def info(args: argparse.Namespace) -> None:
-    """Describe a bundle (a folder) or a checkpoint (a file)."""
-    if args.path.is_dir():
+    """Describe a bundle (a folder) or a checkpoint (a file, or a model folder)."""
+    if args.path.is_dir() and not is_model_folder(args.path):
         bundle = Bundle.open(args.path)
         if args.verify:
             bundle.verify()
@@ -28,7 +29,7 @@ def info(args: argparse.Namespace) -> None:
             print(_describe_bundle(bundle, bool(args.verify)))
         return
     if args.verify:
-        raise RequestError(f"--verify checks a bundle's files; {args.path} is not a folder")
+        raise RequestError(f"--verify checks a bundle's files; {args.path} is a checkpoint")
     checkpoint = load_checkpoint(args.path, **facts_from_arguments(args))
     if args.json:
         print(json.dumps(_checkpoint_dict(checkpoint)))
@@ -103,7 +104,9 @@ def _network_lines(config: UNetConfig | ClassifierConfig) -> list[str]:
         lines.append(f"output       {config.out_channels} channels")
         if config.cond_channels:
             lines.append(f"condition    {config.cond_channels} channels, concatenated behind x_t")
-    if config.num_classes is not None:
+    if isinstance(config, UNetConfig) and config.label is LabelInput.VECTOR:
+        lines.append(f"labels       vectors of {config.time_channels} numbers")
+    elif config.num_classes is not None:
         null = getattr(config, "null_class", None)
         lines.append(
             f"classes      {config.num_classes}" + (f", of which {null} means none" if null is not None else "")

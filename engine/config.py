@@ -19,6 +19,10 @@ from engine.blocks import (
     Block,
     Conv,
     Downsample,
+    ImageAdd,
+    ImageIn,
+    ImageOut,
+    ImageSave,
     LinearAttention,
     Norm,
     NormSiLU,
@@ -45,6 +49,10 @@ __all__ = [
     "Conv",
     "Downsample",
     "EmbeddingOrder",
+    "ImageAdd",
+    "ImageIn",
+    "ImageOut",
+    "ImageSave",
     "LabelInput",
     "LinearAttention",
     "Norm",
@@ -84,7 +92,8 @@ class TimeConfig:
     """How a timestep becomes the input of the time MLP, and the MLP's non-linearities.
 
     angles = scale * t * theta^(-i / (half - shift)), i < half; has_frequencies: 2 pi * t * (weights time.frequencies)
-    instead, log t in place of t if takes_log, with t itself in front if keeps_timestep. activation: inside the MLP;
+    instead, log t in place of t if takes_log, with t itself in front if keeps_timestep. table_rows: instead of angles,
+    a learned row (weights time.table) for each of so many whole timesteps. activation: inside the MLP;
     projection_activation: between the MLP and the blocks' projections.
     """
 
@@ -95,6 +104,7 @@ class TimeConfig:
     has_frequencies: bool = False
     takes_log: bool = False
     keeps_timestep: bool = False
+    table_rows: int | None = None
     activation: Activation = Activation.SILU
     projection_activation: Activation = Activation.SILU
 
@@ -116,6 +126,7 @@ class UNetConfig:
     "no label". cond_channels: channels of the condition image, concatenated behind x_t (before it if cond_first);
     self_condition: that image is the previous step's x0, zeros at first. time: the time embedding. label: what y is;
     label_projection: y selects a row that is added to the blocks' projections, rather than to the time embedding.
+    divides_by_timestep: the result is divided by the timestep, as a score network's is by its noise level.
     """
 
     in_channels: int
@@ -132,6 +143,7 @@ class UNetConfig:
     time: TimeConfig = TimeConfig()
     label: LabelInput = LabelInput.TABLE
     label_projection: bool = False
+    divides_by_timestep: bool = False
 
     def __post_init__(self) -> None:
         check_blocks(self.blocks, self.in_channels + self.cond_channels, self.out_channels)
@@ -239,12 +251,16 @@ def check_image_size(blocks: tuple[Block, ...], image_size: tuple[int, int]) -> 
     """Raises ConfigError if an image of (height, width) does not meet its skip connections or pool at their size."""
     ends = []
     for start in image_size:
-        size, stack, fits = start, [], start > 0
+        size, stack, fits, image = start, [], start > 0, start
         for block in blocks:
             if isinstance(block, Push):
                 stack.append(size)
             elif isinstance(block, Pop):
                 fits = fits and size == stack.pop()
+            elif isinstance(block, (ImageSave, ImageIn, ImageOut, ImageAdd)):
+                resampled = image // 2 if isinstance(block, ImageIn) else 2 * image
+                starts = isinstance(block, ImageSave) or (isinstance(block, ImageOut) and block.is_first)
+                fits, image = fits and (starts or resampled == size), size
             fits = fits and size > 0 and not (isinstance(block, SpaceToDepth) and size % 2)
             size = size_after(block, size)
         if not fits:
@@ -274,16 +290,26 @@ def check_blocks(blocks: tuple[Block, ...], in_channels: int, out_channels: int)
                 raise ConfigError(f"block {index} takes a skip connection and none is left")
             channels += stack.pop()
             continue
+        if isinstance(block, (ImageSave, ImageAdd)):
+            continue
         wanted = block.in_channels if isinstance(block, (Conv, ResBlock)) else block.channels
         if wanted != channels:
             raise ConfigError(f"block {index} ({type(block).__name__}) takes {wanted} channels, got {channels}")
         normed = block.out_channels if isinstance(block, ResBlock) and block.conv_first else channels
+        if isinstance(block, ImageOut) and channels % block.groups:
+            raise ConfigError(f"block {index}: {channels} channels cannot be split into {block.groups} groups")
+        if isinstance(block, ResBlock) and block.groups_out and block.out_channels % block.groups_out:
+            raise ConfigError(
+                f"block {index}: {block.out_channels} channels cannot be split into {block.groups_out} groups"
+            )
         if isinstance(block, (ResBlock, Attention, LinearAttention, NormSiLU)):
-            groups = block.groups if block.norm is Norm.GROUP else 1
+            groups = (block.groups or normed) if block.norm is Norm.GROUP else 1
             if normed % groups:
                 raise ConfigError(f"block {index}: {normed} channels cannot be split into {groups} groups")
         if isinstance(block, (Conv, ResBlock)):
             channels = block.out_channels
+        elif isinstance(block, Downsample):
+            channels = block.out_channels or channels
         elif isinstance(block, SpaceToDepth):
             channels *= 4
         elif isinstance(block, (AttentionPool, AveragePool)):

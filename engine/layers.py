@@ -17,6 +17,7 @@ _ACTIVATIONS: dict[c.Activation, Callable[[Tensor], Tensor]] = {
     c.Activation.RELU: F.relu,
     c.Activation.MISH: F.mish,
     c.Activation.GELU: F.gelu,
+    c.Activation.NONE: lambda x: x,
 }
 
 
@@ -30,7 +31,7 @@ class Normalise(nn.Module):
 
     def __init__(self, channels: int, norm: c.Norm, groups: int, eps: float) -> None:
         super().__init__()
-        self.norm, self.groups, self.eps = norm, groups, eps
+        self.norm, self.groups, self.eps = norm, groups or channels, eps
         if norm is not c.Norm.NONE:
             self.weight = nn.Parameter(torch.ones(channels))
         if norm in (c.Norm.GROUP, c.Norm.AFFINE):
@@ -57,8 +58,10 @@ class Normalise(nn.Module):
         return activate(self(x), activation)
 
 
-def resample(x: Tensor, how: c.Resample | None) -> Tensor:
+def resample(x: Tensor, how: c.Resample | None, fir: bool = False) -> Tensor:
     """x [B, C, H, W] at half, double or the same resolution; without parameters."""
+    if fir and how is not None:
+        return ops.fir_upsample(x) if how is c.Resample.UP else ops.fir_downsample(x)
     if how is c.Resample.UP:
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
     if how is c.Resample.DOWN:
@@ -76,19 +79,20 @@ class ResBlock(nn.Module):
         normed = cout if block.conv_first else cin
         self.norm1 = Normalise(normed, block.norm, block.groups, block.eps)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2 = Normalise(cout, block.norm, block.groups, block.eps)
+        groups_out = block.groups if block.groups_out is None else block.groups_out
+        self.norm2 = Normalise(cout, block.norm, groups_out, block.eps)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout or block.has_shortcut else nn.Identity()
 
     def forward(self, x: Tensor, projection: Tensor | None) -> Tensor:
         """x [B, Cin, H, W] and this block's time projection [B, Cout or 2 Cout] -> [B, Cout, H', W']."""
         h = self._conv_first(x, projection) if self.block.conv_first else self._norm_first(x, projection)
-        total = h + self.shortcut(resample(x, self.block.resample))
+        total = h + self.shortcut(resample(x, self.block.resample, self.block.fir))
         return total if self.block.output_scale == 1.0 else total * self.block.output_scale
 
     def _norm_first(self, x: Tensor, projection: Tensor | None) -> Tensor:
         act = self.block.activation
-        h = self.conv1(resample(self.norm1.activated(x, act), self.block.resample))
+        h = self.conv1(resample(self.norm1.activated(x, act), self.block.resample, self.block.fir))
         if projection is None:
             h = self.norm2.activated(h, act)
         elif self.block.scale_shift:
@@ -153,7 +157,7 @@ class Attention(nn.Module):
         q, k, v = _split_heads(self.qkv(normed), block.heads, block.head_dim)
         k, v = _with_memory(k, self.memory, 0), _with_memory(v, self.memory, 1)
         if block.cosine_scale is not None:
-            q, k = F.normalize(q, dim=-1) * block.cosine_scale, F.normalize(k, dim=-1)
+            q, k = F.normalize(q, dim=2) * block.cosine_scale, F.normalize(k, dim=2)
         h = self.out(_join_heads(ops.attention(q, k, v), x))
         total = (normed if block.adds_to_norm else x) + h
         return total if block.output_scale == 1.0 else total * block.output_scale
@@ -190,8 +194,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.pads_end = block.pads_end
         padding = 0 if block.pads_end else (block.kernel - 1) // 2
-        channels = block.channels
-        self.conv = nn.Conv2d(channels, channels, block.kernel, stride=2, padding=padding) if block.conv else None
+        cin, cout = block.channels, block.out_channels or block.channels
+        self.conv = nn.Conv2d(cin, cout, block.kernel, stride=2, padding=padding) if block.conv else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.conv is None:
@@ -221,6 +225,19 @@ class NormSiLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm.activated(x, self.activation)
+
+
+class ImageOut(nn.Module):
+    """What h adds to the side image: conv(SiLU(norm(h)))."""
+
+    def __init__(self, block: c.ImageOut) -> None:
+        super().__init__()
+        self.norm = Normalise(block.channels, c.Norm.GROUP, block.groups, block.eps)
+        self.conv = nn.Conv2d(block.channels, block.image_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, image_channels, H, W]."""
+        return self.conv(self.norm.activated(x, c.Activation.SILU))
 
 
 class Pad(nn.Module):
@@ -259,7 +276,11 @@ def make_block(block: c.Block) -> nn.Module:
             return NormSiLU(block)
         case c.Pad():
             return Pad(block.pixels)
-        case c.Push() | c.Pop():
+        case c.ImageIn():
+            return nn.Conv2d(block.image_channels, block.channels, 1)
+        case c.ImageOut():
+            return ImageOut(block)
+        case c.Push() | c.Pop() | c.ImageSave() | c.ImageAdd():
             return nn.Identity()
         case _:
             raise ConfigError(f"{type(block).__name__} is not a U-Net block")

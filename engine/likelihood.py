@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.backends import Backend
+from engine.errors import RequestError
 from engine.noise import NOISE, NoiseSource, normal
 from engine.prediction import Diffusion, log_variance_bounds, x0_coefficients
 from engine.solvers import Steps, visited_timesteps
@@ -73,6 +74,8 @@ def variational_bound(
     takes its noise from draw k + 1 of each image's seed (0..B-1 unless given).
     """
     process = diffusion or backend.manifest.diffusion
+    if process.log_snr is not None:
+        raise RequestError("the bound is defined for discrete timesteps; this network was trained in continuous time")
     schedule = process.schedule.respaced(visited_timesteps(process, steps))
     batch, shape = x0.shape[0], tuple(x0.shape[1:])
     own_seeds = seeds if seeds is not None else list(range(batch))

@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import ConfigError
+from engine.continuous import LogSnr
+from engine.errors import ConfigError, RequestError
 from engine.schedule import Float64, NoiseSchedule
 
 
 class Prediction(Enum):
-    """The quantity in the first C output channels."""
+    """The quantity in the first C output channels; X_PREV is the mean of x_{t-1}, t - 1 being the training's."""
 
     EPS = "eps"
     X0 = "x0"
     V = "v"
+    X_PREV = "x_prev"
 
 
 class Variance(Enum):
@@ -49,7 +51,11 @@ class Diffusion:
     clip: |x0| limit of the original's sampler, or None. timestep_scale: factor from training timestep to the
     network's input (1000 / T with rescale_timesteps). data_range: the original's image values; ours are [-1, 1].
     spacing, spacing_offset: the timesteps of a shorter run (the offset is added to LEADING ones). keeps_eps: DDIM
-    takes the network's own eps beside a limited x0, rather than the eps that the limited x0 implies.
+    takes the network's own eps beside a limited x0, rather than the eps that the limited x0 implies. strides: DDIM in
+    N steps goes from t to t - T // N, visited next or not. ends_at_first: its last step goes to alphas_cumprod[0], not
+    to 1. noises_last: DDPM adds the last step's noise as well, unless that step is timestep 0.
+    log_snr: of continuous time; the network is then given the log-SNR as its time, tables slice time, and schedule is
+    one such slicing.
     """
 
     schedule: NoiseSchedule
@@ -61,6 +67,10 @@ class Diffusion:
     spacing: Spacing = Spacing.EVEN
     spacing_offset: int = 0
     keeps_eps: bool = False
+    strides: bool = False
+    ends_at_first: bool = False
+    noises_last: bool = False
+    log_snr: LogSnr | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -73,6 +83,10 @@ class Diffusion:
             "spacing": self.spacing.value,
             "spacing_offset": self.spacing_offset,
             "keeps_eps": self.keeps_eps,
+            "log_snr": None if self.log_snr is None else self.log_snr.to_dict(),
+            "strides": self.strides,
+            "ends_at_first": self.ends_at_first,
+            "noises_last": self.noises_last,
         }
 
     @classmethod
@@ -88,6 +102,10 @@ class Diffusion:
                 spacing=Spacing(data["spacing"]),
                 spacing_offset=int(data["spacing_offset"]),
                 keeps_eps=bool(data["keeps_eps"]),
+                log_snr=None if data.get("log_snr") is None else LogSnr.from_dict(data["log_snr"]),
+                strides=bool(data["strides"]),
+                ends_at_first=bool(data["ends_at_first"]),
+                noises_last=bool(data["noises_last"]),
             )
         except (KeyError, ValueError, TypeError, IndexError) as error:
             raise ConfigError(f"the diffusion description is incomplete or wrong: {error!r}") from error
@@ -97,7 +115,8 @@ def x0_coefficients(schedule: NoiseSchedule, prediction: Prediction) -> tuple[Fl
     """(A, B), each [T], with x0 = A x_t + B out.
 
     eps: x0 = (x_t - sqrt(1 - abar) eps) / sqrt(abar), DDPM (2020), eq. 15; v: x0 = sqrt(abar) x_t - sqrt(1 - abar) v,
-    Salimans & Ho (2022), appendix D.
+    Salimans & Ho (2022), appendix D; x_prev: DDPM eq. 7 solved for x_0.
+    Raises RequestError for x_prev on a schedule that leaves timesteps out.
     """
     abar = schedule.alphas_cumprod
     match prediction:
@@ -107,6 +126,13 @@ def x0_coefficients(schedule: NoiseSchedule, prediction: Prediction) -> tuple[Fl
             return np.zeros_like(abar), np.ones_like(abar)
         case Prediction.V:
             return np.sqrt(abar), -np.sqrt(1 - abar)
+        case Prediction.X_PREV:
+            if not np.array_equal(schedule.timesteps, np.arange(len(schedule))):
+                raise RequestError(
+                    f"this network predicts x_(t-1) of each training timestep, and {len(schedule)} chosen ones do not "
+                    "say what that is; use all training timesteps here"
+                )
+            return -schedule.posterior_mean_xt / schedule.posterior_mean_x0, 1 / schedule.posterior_mean_x0
 
 
 def eps_coefficients(schedule: NoiseSchedule, prediction: Prediction) -> tuple[Float64, Float64]:
@@ -119,6 +145,9 @@ def eps_coefficients(schedule: NoiseSchedule, prediction: Prediction) -> tuple[F
             return 1 / np.sqrt(1 - abar), -np.sqrt(abar / (1 - abar))
         case Prediction.V:
             return np.sqrt(1 - abar), np.sqrt(abar)
+        case Prediction.X_PREV:
+            a, b = x0_coefficients(schedule, prediction)
+            return (1 - np.sqrt(abar) * a) / np.sqrt(1 - abar), -np.sqrt(abar / (1 - abar)) * b
 
 
 def log_variance_bounds(schedule: NoiseSchedule, variance: Variance) -> tuple[Float64, Float64]:

@@ -86,7 +86,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self._names:
             return self._names[module, name]
-        is_builtin = module in ("builtins", "__builtin__")
+        is_builtin = module in ("builtins", "__builtin__", "io", "_io")
         if is_builtin and name in _PLAIN_BUILTINS:
             return _PLAIN_BUILTINS[name]
         if module.split(".")[0] in _CODE_MODULES or (is_builtin and name in _CODE_BUILTINS):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.backends import Backend, open_backend
 from engine.bundle import Bundle
+from engine.config import LabelInput
 from engine.errors import RequestError
 from engine.guidance import ClassifierGuidance
 from engine.noise import LABELS, NOISE, NoiseSource, normal, uniform
@@ -29,18 +30,22 @@ _TIMESTEP = COLUMNS.index("timestep")
 _NOISE_SCALE = COLUMNS.index("S")
 
 
+Labels = int | Sequence[int] | Sequence[Sequence[float]]
+"""One class for all images, a class for each, or a vector for each where the network takes vectors."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """One image to make: its place in the result, table, seed, labels and condition.
 
-    label: for the network, classifier_label: for guidance of strength scale. x_start: [C, H, W] to begin with
-    instead of draw 0 of the seed. cond: [Cc, H, W].
+    label: for the network, a vector where it takes vectors; classifier_label: for guidance of strength scale. x_start:
+    [C, H, W] to begin with instead of draw 0 of the seed. cond: [Cc, H, W].
     """
 
     index: int
     table: StepTable
     seed: int
-    label: int = 0
+    label: int | tuple[float, ...] = 0
     classifier_label: int = 0
     scale: float = 0.0
     x_start: Tensor | None = None
@@ -79,9 +84,11 @@ class Slots:
         self._arrays: dict[int, np.ndarray] = {}
         self._x_t = torch.zeros(capacity, *self._shape)
         self._x0 = torch.zeros(capacity, *self._shape)
-        has_cond = config.cond_channels > 0
+        self._is_self_conditioned = config.self_condition
+        has_cond = config.cond_channels > 0 and not config.self_condition
         self._cond = torch.zeros(capacity, config.cond_channels, *config.image_size) if has_cond else None
         self._is_labelled = config.num_classes is not None
+        self._label_type = torch.int64 if config.label is LabelInput.TABLE else torch.float32
 
     @property
     def free(self) -> list[int]:
@@ -131,8 +138,11 @@ class Slots:
         device = self._backend.device
         x_t = self._x_t[live]
         timestep = torch.from_numpy(rows[:, _TIMESTEP].copy())
-        label = torch.tensor([r.label for r in requests]) if self._is_labelled else None
+        label = torch.tensor([r.label for r in requests], dtype=self._label_type) if self._is_labelled else None
         cond = self._cond[live] if self._cond is not None else None
+        if self._is_self_conditioned:
+            # Chen et al., Analog bits (2022), section 3.2: the x0 of the step before, zeros at first.
+            cond = self._x0[live]
         sent = [None if value is None else value.to(device) for value in (x_t, timestep, label, cond)]
         out = self._backend(sent[0], sent[1], sent[2], sent[3]).to(x_t.device)  # type: ignore[arg-type]
         columns = torch.from_numpy(rows)[:, :, None, None, None]
@@ -196,7 +206,7 @@ class Sampler:
         sampler: str = "ddim",
         eta: float = 0.0,
         variance: Variance | None = None,
-        labels: int | Sequence[int] | None = None,
+        labels: Labels | None = None,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         guidance: ClassifierGuidance | None = None,
@@ -236,7 +246,7 @@ class Sampler:
         self,
         n: int,
         table: StepTable,
-        labels: int | Sequence[int] | None = None,
+        labels: Labels | None = None,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         guidance: ClassifierGuidance | None = None,
@@ -248,14 +258,31 @@ class Sampler:
         chosen = [seed + i for i in range(n)] if seeds is None else [int(s) for s in seeds]
         if len(chosen) != n:
             raise RequestError(f"{len(chosen)} seeds given for {n} images")
-        classes = self._labels(n, labels, chosen, guidance)
+        vectors = self._label_vectors(n, labels)
+        if vectors and guidance is not None:
+            raise RequestError("this network takes label vectors, which a classifier does not know; leave guidance out")
+        classes = self._labels(n, None if vectors else labels, chosen, guidance)
+        known = guidance.guide.config.num_classes if guidance is not None else None
+        if known is not None and (wrong := [y for y in classes if y >= known]):
+            raise RequestError(
+                f"label {wrong[0]} is unknown to the classifier, which has classes 0 to {known - 1}; choose one of "
+                "these or leave guidance out"
+            )
         conds = self._conditions(n, cond)
         scale = guidance.scale if guidance is not None else 0.0
         if not math.isfinite(scale):
             raise RequestError(f"the guidance scale is {scale}; expected a finite number")
         is_labelled = self.config.num_classes is not None
         return [
-            Request(i, table, chosen[i], classes[i] if is_labelled else 0, classes[i], scale, cond=conds[i])
+            Request(
+                i,
+                table,
+                chosen[i],
+                vectors[i] if vectors else classes[i] if is_labelled else 0,
+                classes[i],
+                scale,
+                cond=conds[i],
+            )
             for i in range(n)
         ]
 
@@ -284,7 +311,7 @@ class Sampler:
             yield from slots.step()
 
     def _labels(
-        self, n: int, labels: int | Sequence[int] | None, seeds: list[int], guidance: ClassifierGuidance | None
+        self, n: int, labels: Labels | None, seeds: list[int], guidance: ClassifierGuidance | None
     ) -> list[int]:
         rows = self.config.num_classes
         if rows is None and guidance is not None:
@@ -295,17 +322,25 @@ class Sampler:
             return [0] * n
         if labels is None:
             return self._drawn_labels(rows, seeds)
-        given = [labels] * n if isinstance(labels, int) else [int(y) for y in labels]
+        given = [labels] * n if isinstance(labels, int) else [int(y) for y in labels if not isinstance(y, Sequence)]
         if len(given) != n:
             raise RequestError(f"{len(given)} labels given for {n} images")
         if wrong := [y for y in given if not 0 <= y < rows]:
             raise RequestError(f"label {wrong[0]} does not exist; this checkpoint has labels 0 to {rows - 1}")
-        if guidance is not None and (wrong := [y for y in given if y >= guidance.guide.config.num_classes]):
-            raise RequestError(
-                f"label {wrong[0]} is unknown to the classifier, which has classes 0 to "
-                f"{guidance.guide.config.num_classes - 1}; choose one of these or leave guidance out"
-            )
         return given
+
+    def _label_vectors(self, n: int, labels: Labels | None) -> list[tuple[float, ...]]:
+        """The label vectors of a network that takes them, else nothing."""
+        if self.config.label is not LabelInput.VECTOR:
+            return []
+        width = self.config.time_channels
+        given = [] if labels is None or isinstance(labels, int) else list(labels)
+        if len(given) != n or any(not isinstance(y, Sequence) or len(y) != width for y in given):
+            raise RequestError(
+                f"this network takes a vector of {width} numbers as each image's label; pass labels as {n} lists of "
+                f"{width} numbers"
+            )
+        return [tuple(float(number) for number in vector) for vector in given if isinstance(vector, Sequence)]
 
     def _drawn_labels(self, rows: int, seeds: list[int]) -> list[int]:
         """A class for each seed, uniform over all but the null class."""
@@ -314,7 +349,7 @@ class Sampler:
         return [classes[int(value * len(classes))] for value in u]
 
     def _conditions(self, n: int, cond: Tensor | None) -> list[Tensor | None]:
-        channels = self.config.cond_channels
+        channels = 0 if self.config.self_condition else self.config.cond_channels
         if channels == 0:
             if cond is not None:
                 raise RequestError("this network takes no condition image; leave cond out")

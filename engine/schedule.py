@@ -13,6 +13,9 @@ from engine.errors import ConfigError, RequestError
 
 Float64 = NDArray[np.float64]
 
+LARGEST_BETA = 1 - 2.0**-53
+"""In place of a beta of 1, which would end a schedule at alphas_cumprod 0: the next float64 below."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NoiseSchedule:
@@ -89,6 +92,11 @@ class NoiseSchedule:
         """Coefficient of x_t in the mean of q(x_{t-1} | x_t, x_0), DDPM eq. 7."""
         return (1.0 - self.alphas_cumprod_prev) * np.sqrt(1.0 - self.betas) / (1.0 - self.alphas_cumprod)
 
+    @property
+    def network_times(self) -> Float64:
+        """What the network is given as the time of each entry, before Diffusion.timestep_scale."""
+        return self.timesteps.astype(np.float64)
+
     def respaced(self, timesteps: NDArray[np.int64]) -> NoiseSchedule:
         """The schedule that visits only these entries (ascending indices), with betas that keep alphas_cumprod.
 
@@ -97,7 +105,8 @@ class NoiseSchedule:
         if np.array_equal(timesteps, np.arange(len(self))):
             return self
         kept = self.alphas_cumprod[timesteps]
-        return NoiseSchedule(1.0 - kept / np.append(1.0, kept[:-1]), self.timesteps[timesteps])
+        betas = np.minimum(1.0 - kept / np.append(1.0, kept[:-1]), LARGEST_BETA)
+        return NoiseSchedule(betas, self.timesteps[timesteps])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: the betas, whose shortest decimal forms give the same float64 back, and a respaced one's steps."""
@@ -125,6 +134,26 @@ def cosine_schedule(num_train_timesteps: int) -> NoiseSchedule:
 
     steps = num_train_timesteps
     return NoiseSchedule(np.array([min(1 - abar((i + 1) / steps) / abar(i / steps), 0.999) for i in range(steps)]))
+
+
+def sigmoid_schedule(num_train_timesteps: int) -> NoiseSchedule:
+    """Jabri et al., Scalable adaptive computation (2022), figure 8 with start -3, end 3, tau 1; betas at most 0.999.
+
+    abar(u) falls as (s(3) - s(6 u - 3)) / (s(3) - s(-3)), s the logistic function. s(3) and s(-3) are rounded to
+    float32, as where this schedule is trained with: it moves the last betas, whose abar is all but 0.
+    """
+    u = np.arange(num_train_timesteps + 1, dtype=np.float64) / num_train_timesteps
+    first, last = (float(np.float32(1 / (1 + math.exp(-v)))) for v in (-3.0, 3.0))
+    abar = (last - 1 / (1 + np.exp(3 - 6 * u))) / (last - first)
+    return NoiseSchedule(np.minimum(1 - abar[1:] / abar[:-1], 0.999))
+
+
+def named_schedule(name: str, num_train_timesteps: int) -> NoiseSchedule:
+    """The schedule of a name: linear, cosine or sigmoid; raises ConfigError for another."""
+    known = {"linear": linear_schedule, "cosine": cosine_schedule, "sigmoid": sigmoid_schedule}
+    if name not in known:
+        raise ConfigError(f"there is no discrete schedule named {name!r}; known: {', '.join(known)}")
+    return known[name](num_train_timesteps)
 
 
 def space_timesteps(num_train_timesteps: int, respacing: int | str) -> NDArray[np.int64]:

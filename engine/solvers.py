@@ -11,15 +11,18 @@ A coefficient of 0 means that its operand is not used.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from engine.continuous import time_slices
 from engine.errors import RequestError
 from engine.prediction import (
     Diffusion,
+    Prediction,
     Spacing,
     Variance,
     eps_coefficients,
@@ -59,6 +62,10 @@ class StepTable:
         return np.stack([getattr(self, name) for name in COLUMNS], axis=1)
 
 
+_LOG_LEAST_VARIANCE = float(np.log(1e-20))
+"""Where a variance of 0 has to have a logarithm, as in diffusers and lucidrains."""
+
+
 COLUMNS = tuple(f.name for f in dataclasses.fields(StepTable))
 
 
@@ -70,6 +77,11 @@ def visited_timesteps(diffusion: Diffusion, steps: Steps) -> NDArray[np.int64]:
     """Ascending indices into the schedule; raises RequestError for timesteps that are none or out of order."""
     total = len(diffusion.schedule)
     if not isinstance(steps, int | str):
+        is_list = isinstance(steps, Sequence | range | np.ndarray)
+        if not is_list or not all(isinstance(t, int | np.integer) for t in steps):
+            raise RequestError(
+                f"steps is {steps!r}; expected a number, a respacing string or a list of whole timesteps"
+            )
         chosen = np.array(list(steps), dtype=np.int64)
         if not len(chosen) or chosen[0] < 0 or chosen[-1] >= total or np.any(np.diff(chosen) <= 0):
             raise RequestError(f"timesteps must ascend within 0 to {total - 1}, got {list(steps)[:8]}")
@@ -91,21 +103,45 @@ def _spaced(diffusion: Diffusion, count: int, total: int) -> NDArray[np.int64]:
         case Spacing.LINSPACE:
             chosen = np.round(np.linspace(0, total - 1, count))
         case _:
-            chosen = np.trunc(np.linspace(-1, total - 1, count + 1)[1:])
-    return np.unique(np.minimum(chosen.astype(np.int64), total - 1))
+            # torch's float32 values, because one that should be a whole number may be cut to the number below it.
+            chosen = np.trunc(torch.linspace(-1, total - 1, count + 1).numpy()[1:])
+    # Rounding may give the trailing ones one entry too many, below 0.
+    return np.unique(np.minimum(chosen[chosen >= 0].astype(np.int64), total - 1))
+
+
+def _sliced(diffusion: Diffusion, steps: Steps) -> Diffusion:
+    """A diffusion in continuous time as a discrete one of `steps` timesteps; any other as it is."""
+    if diffusion.log_snr is None:
+        return diffusion
+    text = str(steps).strip()
+    if not text.isdecimal() or int(text) < 1:
+        raise RequestError(f"this network was trained in continuous time; give a number of steps, got {steps!r}")
+    slices = time_slices(diffusion.log_snr, int(text))
+    return dataclasses.replace(diffusion, schedule=slices, log_snr=None, spacing=Spacing.EVEN)
 
 
 def _visited(diffusion: Diffusion, steps: Steps) -> NoiseSchedule:
     return diffusion.schedule.respaced(visited_timesteps(diffusion, steps))
 
 
+def _at(
+    diffusion: Diffusion,
+    schedule: NoiseSchedule,
+    coefficients: Callable[[NoiseSchedule, Prediction], tuple[Float64, Float64]],
+) -> tuple[Float64, Float64]:
+    """Coefficients of the prediction at the timesteps visited: they belong to the schedule of training."""
+    visited = np.searchsorted(diffusion.schedule.timesteps, schedule.timesteps)
+    a, b = coefficients(diffusion.schedule, diffusion.prediction)
+    return a[visited], b[visited]
+
+
 def _common(diffusion: Diffusion, schedule: NoiseSchedule) -> dict[str, Float64]:
     """The columns every table shares, entry t at index t, and zeros for the others."""
-    a, b = x0_coefficients(schedule, diffusion.prediction)
+    a, b = _at(diffusion, schedule, x0_coefficients)
     columns = {name: np.zeros(len(schedule)) for name in COLUMNS}
     clip = np.inf if diffusion.clip is None else diffusion.clip
     return columns | {
-        "timestep": schedule.timesteps * diffusion.timestep_scale,
+        "timestep": schedule.network_times * diffusion.timestep_scale,
         "A": a,
         "B": b,
         "clip": np.full(len(schedule), clip),
@@ -122,6 +158,7 @@ def ddpm_table(diffusion: Diffusion, steps: Steps, variance: Variance | None = N
     steps: a count or an improved-diffusion respacing string. variance: the checkpoint's own unless given.
     Classifier guidance shifts the mean by var * grad (Dhariwal & Nichol, 2021, algorithm 1).
     """
+    diffusion = _sliced(diffusion, steps)
     schedule = _visited(diffusion, steps)
     chosen = variance or diffusion.variance
     if chosen is Variance.LEARNED_RANGE and diffusion.variance is not Variance.LEARNED_RANGE:
@@ -130,6 +167,11 @@ def ddpm_table(diffusion: Diffusion, steps: Steps, variance: Variance | None = N
     is_noisy = (np.arange(len(schedule)) > 0).astype(np.float64)
     # The posterior variance of the last step is exactly 0; its clipped logarithm must not scale a gradient.
     shift = is_noisy if chosen is Variance.FIXED_SMALL else np.ones(len(schedule))
+    if diffusion.noises_last and schedule.timesteps[0] > 0:
+        last = np.log(schedule.betas[0]) if chosen is Variance.FIXED_LARGE else _LOG_LEAST_VARIANCE
+        lower, upper, is_noisy = lower.copy(), upper.copy(), np.ones(len(schedule))
+        lower[0] = last
+        upper[0] = np.log(schedule.betas[0]) if chosen is Variance.LEARNED_RANGE else last
     return _descending(
         _common(diffusion, schedule)
         | {
@@ -150,16 +192,18 @@ def ddim_table(diffusion: Diffusion, steps: Steps, eta: float = 0.0) -> StepTabl
     classifier's gradient moves eps by -sqrt(1 - abar) grad (Dhariwal & Nichol, 2021, algorithm 2), which is H on x0.
     Raises RequestError for eta < 0 or an eta whose noise would exceed the step's whole variance.
     """
+    diffusion = _sliced(diffusion, steps)
     schedule = _visited(diffusion, steps)
-    abar, previous = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+    abar, previous = schedule.alphas_cumprod, _ddim_targets(diffusion, schedule, steps)
     is_finite = bool(np.isfinite(eta))
-    sigma = (eta if is_finite else 0.0) * np.sqrt((1 - previous) / (1 - abar) * (1 - abar / previous))
+    variance = (1 - previous) / (1 - abar) * np.maximum(1 - abar / previous, 0.0)
+    sigma = (eta if is_finite else 0.0) * np.sqrt(variance)
     if not (is_finite and eta >= 0 and np.all(sigma**2 <= 1 - previous + 1e-12)):
         raise RequestError(f"eta must lie between 0 and 1, got {eta}")
     towards_xt = np.sqrt(np.maximum(1 - previous - sigma**2, 0.0))
     columns = _common(diffusion, schedule) | {"H": (1 - abar) / np.sqrt(abar), "S": sigma}
     if diffusion.keeps_eps:
-        from_xt, from_out = eps_coefficients(schedule, diffusion.prediction)
+        from_xt, from_out = _at(diffusion, schedule, eps_coefficients)
         columns |= {
             "P": np.sqrt(previous),
             "Q": towards_xt * from_xt,
@@ -174,12 +218,24 @@ def ddim_table(diffusion: Diffusion, steps: Steps, eta: float = 0.0) -> StepTabl
     return _descending(columns)
 
 
+def _ddim_targets(diffusion: Diffusion, schedule: NoiseSchedule, steps: Steps) -> Float64:
+    """alphas_cumprod to which each step goes, [N]."""
+    full = diffusion.schedule
+    end = full.alphas_cumprod[0] if diffusion.ends_at_first else 1.0
+    if not diffusion.strides:
+        return np.append(end, schedule.alphas_cumprod[:-1])
+    count = int(steps) if isinstance(steps, int | str) and str(steps).strip().isdigit() else len(schedule)
+    target = np.searchsorted(full.timesteps, schedule.timesteps) - len(full) // count
+    return np.where(target >= 0, full.alphas_cumprod[np.maximum(target, 0)], end)
+
+
 def ddim_inversion_table(diffusion: Diffusion, steps: Steps) -> StepTable:
     """DDIM run from the clean end upwards, eta 0: encodes an image as the noise that decodes to it.
 
     x_{t+1} = sqrt(abar_{t+1}) x0 + sqrt(1 - abar_{t+1}) eps; DDIM (Song et al., 2021), section 4.3. The last row
     goes to abar = 0, as in guided-diffusion. Rows ascend in t.
     """
+    diffusion = _sliced(diffusion, steps)
     schedule = _visited(diffusion, steps)
     abar, following = schedule.alphas_cumprod, schedule.alphas_cumprod_next
     return StepTable(

@@ -26,6 +26,8 @@ class TimeEmbedding(nn.Module):
         self.linear1 = nn.Linear(config.embed_channels, width)
         self.linear2 = nn.Linear(width, width)
         self.projection = nn.Linear(width, sum(self.projections))
+        if config.time.table_rows is not None:
+            self.table = nn.Embedding(config.time.table_rows, config.embed_channels)
         if config.time.has_frequencies:
             self.frequencies = nn.Parameter(torch.ones((config.embed_channels - config.time.keeps_timestep) // 2))
         is_labelled = isinstance(config, c.UNetConfig) and config.num_classes is not None
@@ -57,6 +59,8 @@ class TimeEmbedding(nn.Module):
     def _features(self, number: Tensor) -> Tensor:
         """[B] float32 -> [B, embed_channels] float32."""
         time = self.config
+        if time.table_rows is not None:
+            return self.table(number.round().to(torch.int64))
         if time.has_frequencies:
             return ops.fourier_features(
                 number.log() if time.takes_log else number,
@@ -93,18 +97,29 @@ class UNet(nn.Module):
         if cond is not None:
             h = torch.cat([cond, x_t] if self.config.cond_first else [x_t, cond], dim=1)
         h = h.to(self.time.linear1.weight.dtype)
-        return run_blocks(self.config.blocks, self.blocks, h, projections).to(x_t.dtype)
+        out = run_blocks(self.config.blocks, self.blocks, h, projections).to(x_t.dtype)
+        return out / timestep[:, None, None, None] if self.config.divides_by_timestep else out
 
 
 def run_blocks(blocks: tuple[c.Block, ...], modules: nn.ModuleList, h: Tensor, projections: Iterator[Tensor]) -> Tensor:
     """Run a block program on h [B, C, H, W], taking one time projection for each ResBlock that has one."""
     skips: list[Tensor] = []
+    image = h
     for block, module in zip(blocks, modules, strict=True):
         match block:
             case c.Push():
                 skips.append(h)
             case c.Pop():
                 h = torch.cat([h, skips.pop()], dim=1)
+            case c.ImageSave():
+                image = h
+            case c.ImageIn():
+                image = ops.fir_downsample(image)
+                h = h + module(image)
+            case c.ImageOut():
+                image = module(h) if block.is_first else module(h) + ops.fir_upsample(image)
+            case c.ImageAdd():
+                h = h + ops.fir_upsample(image)
             case c.ResBlock():
                 h = module(h, next(projections) if block.has_projection else None)
             case _:

@@ -58,7 +58,12 @@ def run(
 
 def output_folder(args: argparse.Namespace) -> Path:
     """--out, or the checkpoint's name with the suffix .engine, beside it."""
-    return args.out if args.out is not None else args.checkpoint.with_suffix(".engine")
+    if args.out is not None:
+        return Path(args.out)
+    if args.checkpoint.is_dir():
+        folder = args.checkpoint.resolve()
+        return Path(folder.with_name(folder.name + ".engine"))
+    return Path(args.checkpoint.with_suffix(".engine"))
 
 
 @contextmanager

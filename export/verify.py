@@ -23,7 +23,7 @@ from engine.backends.ort import OrtBackend
 from engine.backends.ov import OpenVINOBackend, has_bf16
 from engine.bundle import FP16_ONNX_NAME, ONNX_NAME, WEIGHTS_NAME, Manifest, Measurement
 from engine.checkpoint import Checkpoint
-from engine.config import UNetConfig
+from engine.config import LabelInput, UNetConfig
 from engine.errors import ExportError, MissingPackageError
 from engine.noise import normal
 from engine.sampler import Sampler
@@ -105,11 +105,10 @@ def real_cases(unet: UNet, manifest: Manifest) -> tuple[Case, ...]:
     """Inputs from DDIM trajectories: VISITED single images, then IMAGES - 1 batches that mix timesteps."""
     config = manifest.config
     recorder = _Recorder(unet, manifest)
-    classes = config.num_classes
     Sampler(recorder).sample(
         IMAGES,
         steps=min(STEPS, len(manifest.diffusion.schedule)),
-        labels=None if classes is None else [round(y) for y in np.linspace(0, classes - 1, IMAGES)],
+        labels=_labels(config),
         cond=_conditions(config) if config.cond_channels and not config.self_condition else None,
         batch_size=IMAGES,
     )
@@ -117,6 +116,16 @@ def real_cases(unet: UNet, manifest: Manifest) -> tuple[Case, ...]:
     calls = [recorder.calls[row] for row in rows]
     singles = tuple(call.image(0) for call in calls)
     return singles + tuple(join([call.image(i) for call in calls]) for i in range(1, IMAGES))
+
+
+def _labels(config: UNetConfig) -> list[int] | list[list[float]] | None:
+    """IMAGES labels: classes from the first to the last, or vectors of normals."""
+    if config.num_classes is None:
+        return None
+    if config.label is LabelInput.VECTOR:
+        vectors = normal([2000 + i for i in range(IMAGES)], [0] * IMAGES, (config.time_channels,))
+        return [[float(number) for number in vector] for vector in vectors]
+    return [round(y) for y in np.linspace(0, config.num_classes - 1, IMAGES)]
 
 
 def _conditions(config: UNetConfig) -> Tensor:

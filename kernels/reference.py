@@ -72,6 +72,25 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return queries @ (weights.transpose(2, 3) @ v)
 
 
+def fir_downsample(x: Tensor) -> Tensor:
+    """x [B, C, H, W] filtered with (1, 3, 3, 1) / 8 each way (zeros outside), every second pixel: [B, C, H/2, W/2].
+
+    The antialiased resampling of StyleGAN2 (Karras et al., 2020), as NCSN++ uses it.
+    """
+    return F.conv2d(x, _fir_kernel(x) / 64, stride=2, padding=1, groups=x.shape[1])
+
+
+def fir_upsample(x: Tensor) -> Tensor:
+    """x [B, C, H, W] with zeros between its pixels, filtered with (1, 3, 3, 1) / 4 each way: [B, C, 2H, 2W]."""
+    return F.conv_transpose2d(x, _fir_kernel(x) / 16, stride=2, padding=1, groups=x.shape[1])
+
+
+def _fir_kernel(x: Tensor) -> Tensor:
+    """[C, 1, 4, 4], the sum over a channel is 64."""
+    line = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device)
+    return torch.outer(line, line).expand(x.shape[1], 1, 4, 4)
+
+
 def timestep_embedding(
     timestep: Tensor, dim: int, max_period: float = 10000.0, shift: float = 0.0, order: str = "cos_sin"
 ) -> Tensor:

@@ -1,6 +1,6 @@
 """Train the shipped class-conditional digits model; run again to go on from the last state.
 
-    python -m recipes.train_digits --work runs/digits --iterations 8000
+    python -m recipes.train_digits --work runs/digits --iterations 10000
 
 Writes state.pt (resumes from it), log.csv and ema_0.999_<iterations>.pt, the EMA weights as a bare guided-diffusion
 state dict. Objective: the hybrid of Improved DDPM (Nichol & Dhariwal, 2021, eq. 16) with a learned range; cosine
@@ -32,7 +32,7 @@ from recipes.digits_net import digits_unet, init_weights
 from recipes.openai_format import to_openai
 
 STEPS = 1000
-PEAK_LR, WARM_UP, EMA_RATE, LABEL_DROP, BATCH = 8e-4, 300, 0.999, 0.1, 64
+PEAK_LR, WARM_UP, EMA_RATE, LABEL_DROP, BATCH = 1.5e-3, 500, 0.999, 0.1, 32
 SNR_WEIGHT = (1.0, 5.0)
 LOG_EVERY, SAVE_EVERY = 100, 250
 
@@ -173,7 +173,7 @@ def train(work: Path, total: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the shipped digits diffusion model.")
     parser.add_argument("--work", type=Path, default=Path("runs/digits"), help="folder of state, log and result")
-    parser.add_argument("--iterations", type=int, default=8000, help="length of the whole run, resumed parts included")
+    parser.add_argument("--iterations", type=int, default=10000, help="length of the whole run, resumed parts included")
     args = parser.parse_args()
     train(args.work, args.iterations)
 

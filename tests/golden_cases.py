@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from engine.backends import Backend
+from engine.backends.eager import EagerBackend
+from engine.checkpoint import Checkpoint
 from engine.guidance import ClassifierGuidance
 from engine.noise import RecordedNoise
-from engine.sampler import Request, Slots
+from engine.sampler import Request, Sampler, Slots
+from engine.solvers import StepTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,3 +136,21 @@ def run_slots(
         traj.append(torch.stack([s.x_prev for s in steps]))
         x0.append(torch.stack([s.x0 for s in steps]))
     return torch.stack(traj), torch.stack(x0)
+
+
+def call_network(checkpoint: Checkpoint, a: dict[str, Tensor]) -> Tensor:
+    """One call of the checkpoint's U-Net on x, t and y."""
+    unet = checkpoint.unet()
+    with torch.inference_mode():
+        return unet(a["x"], a["t"].float(), a.get("y"))
+
+
+def sample_table(checkpoint: Checkpoint, table: StepTable, a: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Run a table from x_T with the recorded noise z and labels y: those of traj, pred_xstart and sample recorded."""
+    backend, start = EagerBackend.from_checkpoint(checkpoint), a["x_T"]
+    z = a["z"] if "z" in a else torch.zeros(0, *start.shape)
+    labels = a["y"].tolist() if "y" in a else None
+    requests = Sampler(backend).requests(len(start), table, labels, seeds=range(len(start)))
+    traj, x0 = run_slots(backend, requests, RecordedNoise(start.numpy(), z.numpy()))
+    kept = {"traj": traj, "pred_xstart": x0, "sample": traj[-1]}
+    return {name: value for name, value in kept.items() if name in a}

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from engine.checkpoint import Translation
 from engine.facts import Facts
-from engine.families import openai
+from engine.families import abarankab, diffusers, lucidrains, openai, tutorial, w86763777
 
 
 class Family(Protocol):
@@ -27,4 +27,4 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: tuple[Family, ...] = (openai,)
+FAMILIES: tuple[Family, ...] = (openai, abarankab, w86763777, tutorial, diffusers, lucidrains)

@@ -20,7 +20,7 @@ from engine.facts import Facts
 from engine.families.openai_layout import block_keys, block_prefixes, classifier_prefixes, fold_qkv
 from engine.families.openai_structure import Levels, StateDict, find_levels, submodules
 from engine.prediction import Diffusion, Prediction, Variance
-from engine.schedule import cosine_schedule, linear_schedule
+from engine.schedule import named_schedule
 
 NAMES: tuple[str, ...] = ("openai-guided", "openai-improved")
 NEEDS = "a bare state dict with time_embed.0.weight, input_blocks.0.0.weight and out.0.weight (the EMA file)"
@@ -240,7 +240,7 @@ def _image_size(
 def _diffusion(config: c.UNetConfig | c.ClassifierConfig, assume: Assumptions, family: str) -> Diffusion:
     steps = assume.take("num_train_timesteps", 1000, "the default of OpenAI's training scripts")
     kind = assume.take("noise_schedule", "linear", "the default of OpenAI's training scripts")
-    schedule = cosine_schedule(steps) if kind == "cosine" else linear_schedule(steps)
+    schedule = named_schedule(kind, steps)
     is_improved = family == "openai-improved"
     rescale = assume.take(
         "rescale_timesteps", is_improved, f"the default of {family.removeprefix('openai-')}-diffusion"

@@ -124,7 +124,10 @@ def _down_from_input(
         fitting = [n for n in fitting if n == num_res_blocks]
     if len(fitting) != 1 and 2 not in fitting:
         found = ", ".join(map(str, fitting)) or "none fits what was given"
-        raise CheckpointError(f"the file leaves open how many ResBlocks a level has ({found}); give --num-res-blocks")
+        raise CheckpointError(
+            f"the file leaves open how many ResBlocks a level has ({found}); give the training's --num-res-blocks and "
+            "--image-size"
+        )
     depth = fitting[0] if len(fitting) == 1 else 2
     return frozenset(range(depth + 1, num_groups, depth + 1)), tuple(n for n in fitting if n != depth)
 
