@@ -191,7 +191,7 @@ class Outcome:
 def call_main(*argv: object) -> Outcome:
     """python -m engine ARGV in this process, neither output being a terminal."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _logging_restored():
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), logging_restored():
         try:
             status = main([str(argument) for argument in argv])
         except SystemExit as leaving:
@@ -200,7 +200,7 @@ def call_main(*argv: object) -> Outcome:
 
 
 @contextlib.contextmanager
-def _logging_restored() -> Iterator[None]:
+def logging_restored() -> Iterator[None]:
     """A command sets up the root logger for its process."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
