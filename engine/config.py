@@ -157,7 +157,7 @@ class UNetConfig:
     @property
     def projection_channels(self) -> tuple[int, ...]:
         """Width of each time projection, in the order of the ResBlocks that take one."""
-        return tuple(b.projection_channels for b in self.blocks if isinstance(b, ResBlock) and b.has_projection)
+        return _projection_channels(self.blocks)
 
     def to_dict(self) -> dict[str, Any]:
         return _config_to_dict(self)
@@ -186,7 +186,7 @@ class ClassifierConfig:
     @property
     def projection_channels(self) -> tuple[int, ...]:
         """Width of each time projection, in the order of the ResBlocks that take one."""
-        return tuple(b.projection_channels for b in self.blocks if isinstance(b, ResBlock) and b.has_projection)
+        return _projection_channels(self.blocks)
 
     def to_dict(self) -> dict[str, Any]:
         return _config_to_dict(self)
@@ -194,6 +194,10 @@ class ClassifierConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ClassifierConfig:
         return cls(**_config_fields(data, cls))
+
+
+def _projection_channels(blocks: tuple[Block, ...]) -> tuple[int, ...]:
+    return tuple(b.projection_channels for b in blocks if isinstance(b, ResBlock) and b.has_projection)
 
 
 def _config_to_dict(config: UNetConfig | ClassifierConfig) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from engine.files import atomic_path
 from recipes.classifier_net import digits_classifier, init_classifier
 from recipes.digits_data import Digits, augment, load_split
 from recipes.openai_format import to_openai
-from recipes.train_digits import BATCH, Diffusion, stratified_timesteps
+from recipes.train_digits import Diffusion, stratified_timesteps
 
-PEAK_LR, WARM_UP, WEIGHT_DECAY, MAX_NORM = 1e-3, 200, 0.05, 1.0
+BATCH, PEAK_LR, WARM_UP, WEIGHT_DECAY, MAX_NORM = 64, 1e-3, 200, 0.05, 1.0
 LOG_EVERY = 100
 HELD_OUT_TIMESTEPS = (0, 250, 500, 750)
 
@@ -57,7 +57,7 @@ def train(data: Digits, total: int, seed: int) -> tuple[Classifier, list[list[st
     for iteration in tqdm(range(total), disable=None):
         chosen = torch.randint(len(data.images), (BATCH,), generator=generator)
         x0 = augment(data.images[chosen], generator, degrees=10, scale=0.1, shift=2)
-        t, labels = stratified_timesteps(generator), data.labels[chosen]
+        t, labels = stratified_timesteps(BATCH, generator), data.labels[chosen]
         x_t = add_noise(diffusion, x0, t, generator)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(x_t, t.float()).float()

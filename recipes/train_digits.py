@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.likelihood import discretised_log_likelihood, gaussian_kl
+from engine.schedule import cosine_schedule
 from engine.unet import UNet
 from recipes.digits_data import augment, load_split
 from recipes.digits_net import digits_unet, init_weights
@@ -41,21 +43,16 @@ class Diffusion:
     """The cosine schedule's coefficients, [T] float32 from float64, and the training losses."""
 
     def __init__(self) -> None:
-        abar = np.cos((np.arange(STEPS + 1) / STEPS + 0.008) / 1.008 * np.pi / 2) ** 2
-        betas = np.minimum(1 - abar[1:] / abar[:-1], 0.999)
-        alphas_cumprod = np.cumprod(1 - betas)
-        previous = np.append(1.0, alphas_cumprod[:-1])
-        posterior = betas * (1 - previous) / (1 - alphas_cumprod)
+        schedule = cosine_schedule(STEPS)
+        abar = schedule.alphas_cumprod
 
         def table(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values).float()
 
-        self.weight = table(np.clip(alphas_cumprod / (1 - alphas_cumprod), *SNR_WEIGHT))
-        self.signal, self.noise = table(np.sqrt(alphas_cumprod)), table(np.sqrt(1 - alphas_cumprod))
-        self.mean_x0 = table(betas * np.sqrt(previous) / (1 - alphas_cumprod))
-        self.mean_xt = table((1 - previous) * np.sqrt(1 - betas) / (1 - alphas_cumprod))
-        self.log_lower = table(np.log(np.append(posterior[1], posterior[1:])))
-        self.log_upper = table(np.log(betas))
+        self.weight = table(np.clip(abar / (1 - abar), *SNR_WEIGHT))
+        self.signal, self.noise = table(np.sqrt(abar)), table(np.sqrt(1 - abar))
+        self.mean_x0, self.mean_xt = table(schedule.posterior_mean_x0), table(schedule.posterior_mean_xt)
+        self.log_lower, self.log_upper = table(schedule.posterior_log_variance), table(np.log(schedule.betas))
 
     def losses(self, out: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted mean squared error of x0, and the variational term in bits a dimension (mean without gradient)."""
@@ -65,27 +62,13 @@ class Diffusion:
 
         prediction, v = out.float().chunk(2, dim=1)
         mse = (at(self.weight) * (x0 - prediction).square()).mean()
-        x0_hat = prediction.detach().clamp(-1, 1)
         mean = at(self.mean_x0) * x0 + at(self.mean_xt) * x_t
-        mean_hat = at(self.mean_x0) * x0_hat + at(self.mean_xt) * x_t
+        mean_hat = at(self.mean_x0) * prediction.detach().clamp(-1, 1) + at(self.mean_xt) * x_t
         frac = (v + 1) / 2
         log_var = frac * at(self.log_upper) + (1 - frac) * at(self.log_lower)
-        lower = at(self.log_lower)
-        kl = 0.5 * (log_var - lower - 1 + (lower - log_var).exp() + (mean - mean_hat).square() * (-log_var).exp())
+        kl = gaussian_kl(mean, at(self.log_lower).expand_as(mean), mean_hat, log_var)
         nll = -discretised_log_likelihood(x0, mean_hat, 0.5 * log_var)
-        return mse, torch.where(at(torch.arange(STEPS)) == 0, nll, kl).mean() / math.log(2.0)
-
-
-def discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """log of the Gaussian's mass in the 1/255-wide bin around each pixel; DDPM (Ho et al., 2020), eq. 13."""
-
-    def cdf(z: Tensor) -> Tensor:
-        return 0.5 * (1 + torch.erf(z / math.sqrt(2.0)))
-
-    upper = cdf((x - mean + 1 / 255) / log_std.exp())
-    lower = cdf((x - mean - 1 / 255) / log_std.exp())
-    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
-    return mass.clamp(min=1e-12).log()
+        return mse, torch.where(t[:, None, None, None] == 0, nll, kl).mean() / math.log(2.0)
 
 
 def learning_rate(iteration: int, total: int) -> float:
@@ -95,10 +78,10 @@ def learning_rate(iteration: int, total: int) -> float:
     return PEAK_LR * 0.5 * (1 + math.cos(math.pi * min(1.0, (iteration - WARM_UP) / (total - WARM_UP))))
 
 
-def stratified_timesteps(generator: torch.Generator) -> Tensor:
-    """One timestep from each of BATCH equal slices of [0, T), shuffled: less variance than independent draws."""
-    u = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
-    return (u * STEPS).long()[torch.randperm(BATCH, generator=generator)]
+def stratified_timesteps(count: int, generator: torch.Generator) -> Tensor:
+    """One timestep from each of `count` equal slices of [0, T), shuffled: less variance than independent draws."""
+    u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    return (u * STEPS).long()[torch.randperm(count, generator=generator)]
 
 
 def save_atomically(value: object, path: Path) -> None:
@@ -141,7 +124,7 @@ def train(work: Path, total: int) -> None:
         moved = augment(x0, generator, degrees=8, scale=0.08, shift=1.5)
         x0 = torch.where(torch.rand(BATCH, 1, 1, 1, generator=generator) < 0.7, moved, x0)
         y = torch.where(torch.rand(BATCH, generator=generator) < LABEL_DROP, 10, data.labels[rows])
-        t, eps = stratified_timesteps(generator), torch.randn(x0.shape, generator=generator)
+        t, eps = stratified_timesteps(BATCH, generator), torch.randn(x0.shape, generator=generator)
         x_t = diffusion.signal[t][:, None, None, None] * x0 + diffusion.noise[t][:, None, None, None] * eps
         with torch.autocast("cpu", torch.bfloat16):
             out = compiled(x_t.contiguous(memory_format=torch.channels_last), t.float(), y)
