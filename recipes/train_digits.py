@@ -11,6 +11,10 @@ a group is one channel and the norm removes each channel's mean: the network can
 network of this width leaves that mean in the picture as a grey haze, however long it trains; x0 does not depend on it.
 The squared error is weighted by the signal-to-noise ratio clipped to [1, 5], as in Salimans & Ho (2022), section 4,
 with the upper bound of Hang et al. (2023).
+
+A few hundred iterations draw only the noisiest timesteps. With uniform ones alone the network stays on a plateau where
+it answers pure noise with a grey square (squared error 0.21 at t = 999, that of the mean digit); 100 such iterations
+bring it to the mean digit of the class (0.17), and it keeps that afterwards.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from recipes.openai_format import to_openai
 
 STEPS = 1000
 PEAK_LR, WARM_UP, EMA_RATE, LABEL_DROP, BATCH = 1.5e-3, 500, 0.999, 0.1, 32
+NOISIEST = 0.85
 SNR_WEIGHT = (1.0, 5.0)
 LOG_EVERY, SAVE_EVERY = 100, 250
 
@@ -78,9 +83,9 @@ def learning_rate(iteration: int, total: int) -> float:
     return PEAK_LR * 0.5 * (1 + math.cos(math.pi * min(1.0, (iteration - WARM_UP) / (total - WARM_UP))))
 
 
-def stratified_timesteps(count: int, generator: torch.Generator) -> Tensor:
-    """One timestep from each of `count` equal slices of [0, T), shuffled: less variance than independent draws."""
-    u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+def stratified_timesteps(count: int, generator: torch.Generator, lowest: float = 0.0) -> Tensor:
+    """One timestep from each of `count` equal slices of [lowest T, T), shuffled: less variance than free draws."""
+    u = lowest + (1 - lowest) * (torch.arange(count) + torch.rand(count, generator=generator)) / count
     return (u * STEPS).long()[torch.randperm(count, generator=generator)]
 
 
@@ -96,7 +101,7 @@ def trim_log(path: Path, iteration: int) -> None:
         path.write_text("".join(line for line in lines if int(line.split(",")[0]) <= iteration))
 
 
-def train(work: Path, total: int) -> None:
+def train(work: Path, total: int, noisiest: range) -> None:
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
@@ -124,7 +129,8 @@ def train(work: Path, total: int) -> None:
         moved = augment(x0, generator, degrees=8, scale=0.08, shift=1.5)
         x0 = torch.where(torch.rand(BATCH, 1, 1, 1, generator=generator) < 0.7, moved, x0)
         y = torch.where(torch.rand(BATCH, generator=generator) < LABEL_DROP, 10, data.labels[rows])
-        t, eps = stratified_timesteps(BATCH, generator), torch.randn(x0.shape, generator=generator)
+        lowest = NOISIEST if iteration in noisiest else 0.0
+        t, eps = stratified_timesteps(BATCH, generator, lowest), torch.randn(x0.shape, generator=generator)
         x_t = diffusion.signal[t][:, None, None, None] * x0 + diffusion.noise[t][:, None, None, None] * eps
         with torch.autocast("cpu", torch.bfloat16):
             out = compiled(x_t.contiguous(memory_format=torch.channels_last), t.float(), y)
@@ -157,8 +163,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the shipped digits diffusion model.")
     parser.add_argument("--work", type=Path, default=Path("runs/digits"), help="folder of state, log and result")
     parser.add_argument("--iterations", type=int, default=10000, help="length of the whole run, resumed parts included")
+    parser.add_argument(
+        "--noisiest", type=int, nargs=2, default=(500, 750), metavar=("FROM", "TO"),
+        help="iterations that draw only the noisiest 15 %% of the timesteps (default 500 750)",
+    )  # fmt: skip
     args = parser.parse_args()
-    train(args.work, args.iterations)
+    train(args.work, args.iterations, range(*args.noisiest))
 
 
 if __name__ == "__main__":
