@@ -16,9 +16,8 @@ def digits_unet(
 ) -> c.UNetConfig:
     """Class-conditional ADM for 32x32x1: learned range, scale-shift norm, 10 classes and the null class.
 
-    Attention stands at the two lowest levels, 8x8 and 4x4. At 4x4 every position is next to the zero padding, which is
-    all that tells a network of convolutions where it is; one that stops at 8x8 hardly learns to draw a class from pure
-    noise.
+    Attention stands at the two lowest levels, 8x8 and 4x4. Zero padding is all that tells a network of convolutions
+    where it is, and at 4x4 every position is next to it.
     """
     blocks: list[c.Block] = [c.Conv(1, width), c.Push()]
     skips, ch = [width], width
