@@ -575,3 +575,26 @@ def test_more_than_a_thousand_images_are_made_in_shards(tmp_path, bundle):
     assert (data["images"], data["made"], data["kept"], data["shards"], data["shard_size"]) == (1001, 1001, 0, 4, 256)
     assert data["images_per_second"] > 0
     assert names(tmp_path) == ["run.json", *(f"shard-0000{i}.npz" for i in range(4))]
+
+
+@pytest.mark.slow
+def test_resumes_on_the_backends_of_a_graph(tmp_path, bundle):
+    """OpenVINO and ONNX Runtime give a shard's bytes again, in a session that did not make the shards before it."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
+    from engine.backends.ort import OrtBackend
+    from engine.backends.ov import OpenVINOBackend
+    from engine.bundle import Bundle
+    from export.to_onnx import export_onnx
+
+    manifest, path = Bundle.open(bundle).manifest, tmp_path / "unet.onnx"
+    export_onnx(random_network(CONFIG), path)
+    for backend in (OrtBackend, OpenVINOBackend):
+        out = tmp_path / backend.name
+        generate(Sampler(backend(manifest, path, "fp32", 1)), PLAN, out)
+        expected = content(out)
+        for number in (1, 2):
+            (out / f"shard-0000{number}.npz").unlink()
+        assert generate(Sampler(backend(manifest, path, "fp32", 1)), PLAN, out) == BulkResult(made=6, kept=4)
+        assert content(out) == expected
