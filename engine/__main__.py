@@ -16,6 +16,7 @@ _EXAMPLES = """examples:
   python -m engine sample digits.engine -n 64 --steps 50 --sampler ddim --class 7 --seed 0 --out samples
   python -m engine sample digits.engine -n 100 --per-class --grid digits.png --enlarge 4
   python -m engine sample digits.engine -n 500 --sampler ddpm --steps 250 --format npz --out samples
+  python -m engine sample digits.engine -n 50000 --per-class --out samples --merge     # again, to resume
   python -m engine sample digits.engine -n 16 --classifier classifier.pt --classifier-fact num_head_channels=32 \\
       --guidance-scale 2 --out guided
   python -m engine info digits.engine --verify
@@ -48,10 +49,19 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     labels.add_argument(
         "--class", dest="label", type=int, help="one class for all images (default: drawn from the seed)"
     )
-    labels.add_argument("--per-class", action="store_true", help="the same number of images of every class, in order")
+    labels.add_argument(
+        "--per-class", action="store_true", help="as many of every class: one after the other, in shards in turn"
+    )
     parser.add_argument("--seed", type=int, default=0, help="image i has seed SEED + i (default 0)")
     parser.add_argument("--out", type=Path, help="folder for the images")
-    parser.add_argument("--format", choices=("png", "npz"), default="png", help="files in --out (default png)")
+    parser.add_argument("--format", choices=("png", "npz"), help="files in --out (default png, of shards npz)")
+    parser.add_argument(
+        "--shard-size",
+        type=int,
+        metavar="M",
+        help="shards of M images and a run.json; the same command again resumes (default with -n above 1000: 256)",
+    )
+    parser.add_argument("--merge", action="store_true", help="join the shards to one samples.npz at the end")
     parser.add_argument("--grid", type=Path, help="one PNG with all images, without gaps")
     parser.add_argument("--columns", type=int, help="columns of the grid (default: one row a class, or a square)")
     parser.add_argument("--enlarge", type=int, default=1, help="integer enlargement of the grid (default 1)")

@@ -18,6 +18,7 @@ import numpy as np
 
 from engine.checkpoint import load_checkpoint
 from engine.classifier import AutogradGuide
+from engine.cli_bulk import is_bulk, sample_in_bulk
 from engine.errors import RequestError
 from engine.files import atomic_path, make_folder
 from engine.guidance import ClassifierGuidance
@@ -41,8 +42,12 @@ def sample(args: argparse.Namespace) -> None:
     """Make the images, write each PNG as it finishes, then the table, the npz and the grid."""
     if args.out is None and args.grid is None:
         raise RequestError("nothing would be kept; give --out DIR, --grid FILE or both")
+    in_shards = is_bulk(args)
     sampler = Sampler.open(args.bundle, args.backend, args.precision, args.threads)
     guidance = _guidance(args, sampler)
+    if in_shards:
+        sample_in_bulk(args, sampler, guidance, _labels_in_turn(args, sampler, guidance))
+        return
     table = sampler.table(args.steps, args.sampler, args.eta, Variance(args.variance) if args.variance else None)
     requests = sampler.requests(args.n, table, _labels(args, sampler, guidance), args.seed, guidance=guidance)
     if args.grid is not None:
@@ -78,7 +83,7 @@ def _run(
             if step.is_last:
                 number = step.request.index
                 image = to_uint8(step.x_prev[None].clamp(-1, 1))
-                if args.out is not None and args.format == "png":
+                if args.out is not None and args.format != "npz":
                     save_images(args.out, image, [number])
                 # Only now: what is in the results is listed in samples.csv.
                 results.images[number] = image
@@ -139,6 +144,17 @@ def _labels(args: argparse.Namespace, sampler: Sampler, guidance: ClassifierGuid
     if not classes or args.n % len(classes):
         raise RequestError(f"--per-class needs a multiple of the {len(classes)} classes, got -n {args.n}")
     return [classes[i * len(classes) // args.n] for i in range(args.n)]
+
+
+def _labels_in_turn(
+    args: argparse.Namespace, sampler: Sampler, guidance: ClassifierGuidance | None
+) -> int | tuple[int, ...] | None:
+    """--class and --per-class as the labels of a BulkPlan: in shards the classes take turns."""
+    label: int | None = args.label
+    if args.per_class:
+        _labels(args, sampler, guidance)
+        return tuple(_classes(sampler, guidance))
+    return label
 
 
 def _columns(args: argparse.Namespace, sampler: Sampler, guidance: ClassifierGuidance | None) -> int:
