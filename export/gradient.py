@@ -100,13 +100,14 @@ def trace_gradient(classifier: Classifier) -> fx.GraphModule:
     return graph
 
 
-def export_gradient(classifier: Classifier, path: Path, gain: float = 1.0) -> None:
+def export_gradient(classifier: Classifier, path: Path, gain: float = 1.0, graph: fx.GraphModule | None = None) -> None:
     """Write classifier.onnx, in the precision of the classifier's weights; see the module for inputs and outputs.
 
+    gain: as in GradientGraph. graph: what trace_gradient returned for this classifier, to spare a second tracing.
     Weights beyond export.onnx_file.EXTERNAL_DATA_BYTES go to `path`.data. Raises ExportError, or OSError where the
     file cannot be written.
     """
-    module = GradientGraph(trace_gradient(classifier), gain)
+    module = GradientGraph(trace_gradient(classifier) if graph is None else graph, gain)
     batch = torch.export.Dim("batch")
     example = _example_inputs(classifier)
     with quiet_exporter(), torch.no_grad():
