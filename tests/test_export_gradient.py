@@ -17,11 +17,11 @@ from engine import BackendError, BundleError, CheckpointError, ExportError, Requ
 from engine.backends import open_guide
 from engine.backends.ort import OrtGuide
 from engine.backends.ov import OpenVINOGuide
-from engine.bundle import CLASSIFIER_FP16_NAME, CLASSIFIER_NAME, Bundle
+from engine.bundle import CLASSIFIER_FP16_NAME, CLASSIFIER_NAME, Bundle, write_manifest
 from engine.classifier import AutogradGuide, Classifier
 from engine.guidance import ClassifierGuidance
 from export import gradient, gradient_rules, guidance, to_onnx, to_trt
-from export.guidance import GAINS, LIMITS, GuideCase
+from export.guidance import GAINS, LIMITS, ClassifierResult, GuideCase, export_classifier
 from export.to_onnx import export_bundle
 
 # One traced graph in torch beside autograd, fp32, relative to the largest gradient: the same operators in another
@@ -55,12 +55,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("gradient")
     unet = write_checkpoint(folder / "net.pt", UNET)
     classifier = write_checkpoint(folder / "clf.pt", CLASSIFIER, seed=1)
-    bundle = export_bundle(
-        load_checkpoint(unet, **FACTS),
-        folder / "net.engine",
-        classifier=load_checkpoint(classifier, **FACTS),
-        fp16=True,
+    # The U-Net's own export has its tests; here its weights are enough.
+    path = write_bundle(folder / "net.engine", UNET)
+    result = export_classifier(path, load_checkpoint(classifier, **FACTS), load_checkpoint(unet, **FACTS), fp16=True)
+    manifest = dataclasses.replace(
+        Bundle.open(path).manifest,
+        classifier=result.entry,
+        verification=result.measurements,
+        precision=result.precision,
     )
+    write_manifest(path, manifest)
+    bundle = Bundle.open(path)
     return Made(unet, classifier, bundle)
 
 
@@ -376,10 +381,10 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return float(10 * torch.log10(4 / (a - b).square().mean().clamp(min=1e-30)))
 
 
-@pytest.mark.parametrize("backend", ["ort", "ov"])
+@pytest.mark.parametrize("library", ["ort", "ov"])
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_images_equal_those_of_autograd(made, monkeypatch, backend, sampler):
-    opened = Sampler.open(made.bundle, backend, threads=1)
+def test_images_equal_those_of_autograd(made, monkeypatch, library, sampler):
+    opened = Sampler.open(made.bundle, "eager", threads=1)
     options = {"steps": 10, "sampler": sampler, "labels": [0, 1, 4]}
     wanted = opened.sample(3, **options, guidance=ClassifierGuidance(AutogradGuide(made.network), 20.0))
     unguided = opened.sample(3, **options | {"labels": None})
@@ -388,7 +393,7 @@ def test_images_equal_those_of_autograd(made, monkeypatch, backend, sampler):
         raise AssertionError("autograd was used")
 
     monkeypatch.setattr(torch.autograd, "grad", fail)
-    got = opened.sample(3, **options, guidance=opened.classifier_guidance(20.0))
+    got = opened.sample(3, **options, guidance=ClassifierGuidance(open_guide(made.bundle, library), 20.0))
     assert psnr(got, wanted) > 60
     assert psnr(unguided, wanted) < 40, "guidance changes the images"
 
@@ -424,7 +429,7 @@ def test_sampler_without_a_classifier(tmp_path):
 def test_sample_command_takes_the_bundles_classifier(made, tmp_path):
     def run(*arguments: object) -> list[bytes]:
         out = tmp_path / str(len(list(tmp_path.iterdir())))
-        options = ("-n", 2, "--steps", 4, "--class", 2, "--backend", "ort", "--out", out)
+        options = ("-n", 2, "--steps", 4, "--class", 2, "--backend", "eager", "--out", out)
         outcome = call_main("sample", made.bundle.path, *options, *arguments)
         assert outcome.status == 0, outcome.err
         return [path.read_bytes() for path in sorted(out.glob("*.png"))]
@@ -452,6 +457,27 @@ def test_export_commands_read_the_classifier(made, monkeypatch, command, verb):
     assert seen["classifier"].config == CLASSIFIER
     assert command.main([str(made.unet), *flags]) == 0
     assert seen["classifier"] is None
+
+
+def test_export_puts_the_classifier_into_the_bundle(made, tmp_path, monkeypatch):
+    entry, measured = made.bundle.manifest.classifier, made.bundle.manifest.verification
+    seen = []
+
+    def write(folder: Path, *arguments: object) -> ClassifierResult:
+        seen.append(arguments)
+        (folder / CLASSIFIER_NAME).write_bytes(b"a graph")
+        return ClassifierResult(entry, measured, {CLASSIFIER_NAME: "fp32 throughout"})
+
+    monkeypatch.setattr(to_onnx, "export_classifier", write)
+    monkeypatch.setattr(to_onnx, "export_onnx", lambda *_: None)
+    monkeypatch.setattr(to_onnx, "verify", lambda *_: ())
+    checkpoint, classifier = (load_checkpoint(path, **FACTS) for path in (made.unet, made.classifier))
+    bundle = export_bundle(checkpoint, tmp_path / "net.engine", classifier=classifier)
+    assert seen == [(classifier, checkpoint, False)]
+    assert bundle.file(CLASSIFIER_NAME).read_bytes() == b"a graph"
+    assert bundle.manifest.classifier.to_dict() == entry.to_dict()
+    assert bundle.manifest.verification == measured
+    assert bundle.manifest.precision[CLASSIFIER_NAME] == "fp32 throughout"
 
 
 def test_export_refuses_a_classifier_that_does_not_fit(made, tmp_path, capsys):
