@@ -69,8 +69,14 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", help="fp32, or bf16 (ov) or fp16 (ort, eager on CUDA)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--batch-size", type=int, default=16, help="images in progress at a time (default 16)")
-    parser.add_argument("--classifier", type=Path, help="noise-conditioned classifier checkpoint for guidance")
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="classifier gradient scale (default 1)")
+    parser.add_argument(
+        "--classifier", type=Path, help="classifier checkpoint for guidance instead of the bundle's own"
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        help="classifier gradient scale, by the bundle's classifier unless --classifier is given (then default 1)",
+    )
     parser.add_argument(
         "--classifier-fact", action="append", default=[], metavar="NAME=VALUE", help="a fact its file does not hold"
     )

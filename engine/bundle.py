@@ -3,6 +3,7 @@
     manifest.json        what the network is, every assumption, hashes, versions, profiles, measured errors
     unet.safetensors     fp32 weights under our names (eager backend)
     unet.onnx            fp32, dynamic batch;  unet.fp16.onnx and *.plan where they were built
+    classifier.onnx      a classifier's input gradient, where one was given;  classifier.fp16.onnx beside unet.fp16.onnx
 
 Nothing in it is pickled or executed. Opening never writes; it checks the manifest's own hash and, when a file is
 asked for, that file's.
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint import file_sha256
-from engine.config import UNetConfig
+from engine.config import ClassifierConfig, UNetConfig
 from engine.errors import BundleError, ConfigError
 from engine.prediction import Diffusion
 
@@ -27,6 +28,8 @@ MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "unet.safetensors"
 ONNX_NAME = "unet.onnx"
 FP16_ONNX_NAME = "unet.fp16.onnx"
+CLASSIFIER_NAME = "classifier.onnx"
+CLASSIFIER_FP16_NAME = "classifier.fp16.onnx"
 _REBUILD = "build it again with: python -m export.to_trt CHECKPOINT"
 
 
@@ -79,11 +82,42 @@ class PlanEntry:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class ClassifierEntry:
+    """The classifier whose gradient the bundle holds.
+
+    gain: the factor on the cotangent in classifier.fp16.onnx, a power of two chosen by calibration; None without that
+    file. assumptions: as in Manifest.
+    """
+
+    config: ClassifierConfig
+    checkpoint_sha256: str
+    gain: float | None = None
+    assumptions: tuple[tuple[str, Any, str], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "gain": self.gain,
+            "assumptions": [list(a) for a in self.assumptions],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ClassifierEntry:
+        return cls(
+            config=ClassifierConfig.from_dict(data["config"]),
+            checkpoint_sha256=data["checkpoint_sha256"],
+            gain=data["gain"],
+            assumptions=tuple((a[0], a[1], a[2]) for a in data["assumptions"]),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Manifest:
     """Everything a bundle says about itself; see the fields' types.
 
     assumptions: (name, value, reason) of every default taken. precision: artefact -> layers kept in fp32 and why.
-    versions: library -> version at build time.
+    versions: library -> version at build time. classifier: None in a bundle without one.
     """
 
     family: str
@@ -96,10 +130,11 @@ class Manifest:
     precision: dict[str, str] = field(default_factory=dict)
     verification: tuple[Measurement, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    classifier: ClassifierEntry | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, without its own hash."""
-        return {
+        data = {
             "format_version": FORMAT_VERSION,
             "family": self.family,
             "config": self.config.to_dict(),
@@ -112,6 +147,7 @@ class Manifest:
             "verification": [dataclasses.asdict(m) for m in self.verification],
             "versions": self.versions,
         }
+        return data if self.classifier is None else data | {"classifier": self.classifier.to_dict()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Manifest:
@@ -129,6 +165,7 @@ class Manifest:
             precision=dict(data["precision"]),
             verification=tuple(Measurement(**m) for m in data["verification"]),
             versions=dict(data["versions"]),
+            classifier=ClassifierEntry.from_dict(data["classifier"]) if "classifier" in data else None,
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import csv
 import json
 import logging
@@ -12,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +18,7 @@ from engine.checkpoint import load_checkpoint
 from engine.classifier import AutogradGuide
 from engine.cli_bulk import is_bulk, sample_in_bulk
 from engine.errors import RequestError
+from engine.facts import facts_from_items
 from engine.files import atomic_path, make_folder
 from engine.guidance import ClassifierGuidance
 from engine.images import Bytes, grid, save_images, save_npz, save_png, to_uint8
@@ -113,20 +112,14 @@ def _write_table(args: argparse.Namespace, requests: list[Request]) -> None:
 
 def _guidance(args: argparse.Namespace, sampler: Sampler) -> ClassifierGuidance | None:
     if args.classifier is None:
-        return None
-    facts: dict[str, Any] = {"image_size": sampler.config.image_size}
-    for item in args.classifier_fact:
-        name, separator, text = item.partition("=")
-        if not separator:
-            raise RequestError(f"--classifier-fact takes NAME=VALUE, got {item!r}")
-        try:
-            facts[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            facts[name] = text
+        return None if args.guidance_scale is None else sampler.classifier_guidance(args.guidance_scale)
+    facts = {"image_size": sampler.config.image_size} | facts_from_items(args.classifier_fact, "--classifier-fact")
     classifier = load_checkpoint(args.classifier, **facts)
     for assumption in classifier.assumptions:
         logger.info("classifier: assumed %s", assumption)
-    return ClassifierGuidance(AutogradGuide(classifier.classifier()), args.guidance_scale)
+    return ClassifierGuidance(
+        AutogradGuide(classifier.classifier()), 1.0 if args.guidance_scale is None else args.guidance_scale
+    )
 
 
 def _classes(sampler: Sampler, guidance: ClassifierGuidance | None) -> list[int]:

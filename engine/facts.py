@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, RequestError
 
 
 def parse_image_size(text: str) -> tuple[int, int]:
@@ -136,6 +137,23 @@ def _checked(f: dataclasses.Field[Any], value: Any) -> Any:
 def _pair(size: Any) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return operator.index(height), operator.index(width)
+
+
+def facts_from_items(items: Iterable[str], option: str) -> dict[str, Any]:
+    """Facts from repeated NAME=VALUE arguments, a value as in Python or else a string; raises RequestError.
+
+    option: what the command line calls such an argument, for the message.
+    """
+    facts: dict[str, Any] = {}
+    for item in items:
+        name, separator, text = item.partition("=")
+        if not separator:
+            raise RequestError(f"{option} takes NAME=VALUE, got {item!r}")
+        try:
+            facts[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            facts[name] = text
+    return facts
 
 
 def add_fact_arguments(parser: argparse.ArgumentParser) -> None:

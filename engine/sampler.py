@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.backends import Backend, open_backend
+from engine.backends import Backend, open_backend, open_guide
 from engine.bundle import Bundle
 from engine.config import LabelInput
 from engine.errors import RequestError
@@ -178,8 +178,8 @@ class Slots:
 class Sampler:
     """Images from a bundle: opens a backend once and runs requests through its slots."""
 
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
+    def __init__(self, backend: Backend, bundle: Bundle | None = None, threads: int | None = None) -> None:
+        self.backend, self._bundle, self._threads = backend, bundle, threads
         self.config = backend.manifest.config
         self.diffusion = backend.manifest.diffusion
 
@@ -192,7 +192,19 @@ class Sampler:
         threads: int | None = None,
     ) -> Sampler:
         """Open a bundle; see engine.open_backend for the arguments and errors."""
-        return cls(open_backend(bundle, backend, precision, threads))
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        return cls(open_backend(opened, backend, precision, threads), opened, threads)
+
+    def classifier_guidance(self, scale: float = 1.0) -> ClassifierGuidance:
+        """Guidance of this strength by the bundle's own classifier, whose gradient was exported as a graph.
+
+        The graph runs in the backend's library where it can (see engine.backends.open_guide); torch autograd is not
+        used. Raises BundleError where the bundle holds no classifier, RequestError where no bundle was opened.
+        """
+        if self._bundle is None:
+            raise RequestError("this sampler was made without a bundle; use Sampler.open, or pass guidance of your own")
+        guide = open_guide(self._bundle, self.backend.name, self.backend.precision, self._threads)
+        return ClassifierGuidance(guide, scale)
 
     def close(self) -> None:
         """Release the backend."""

@@ -35,6 +35,12 @@ def make_parser(program: str, description: str, examples: str) -> argparse.Argum
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="the bundle to make (default: CHECKPOINT with the suffix .engine)"
     )
+    parser.add_argument(
+        "--classifier", type=Path, metavar="FILE", help="noise-conditioned classifier whose gradient goes in too"
+    )
+    parser.add_argument(
+        "--classifier-fact", action="append", default=[], metavar="NAME=VALUE", help="a fact its file does not hold"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     add_fact_arguments(parser)
     return parser

@@ -12,34 +12,36 @@ import dataclasses
 import importlib.metadata
 import logging
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from engine.backends.eager import checkpoint_manifest
-from engine.bundle import FP16_ONNX_NAME, ONNX_NAME, WEIGHTS_NAME, Bundle, PlanEntry, is_bundle, write_manifest
+from engine.bundle import (
+    FP16_ONNX_NAME,
+    ONNX_NAME,
+    WEIGHTS_NAME,
+    Bundle,
+    ClassifierEntry,
+    PlanEntry,
+    is_bundle,
+    write_manifest,
+)
 from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.config import LabelInput, UNetConfig
 from engine.errors import CheckpointError, ExportError, MissingPackageError
-from engine.facts import facts_from_arguments
+from engine.facts import facts_from_arguments, facts_from_items
 from engine.files import atomic_folder, make_folder
 from engine.unet import UNet
 from export import cli
-from export.passes import name_nodes
+from export.guidance import check_fit, export_classifier
+from export.onnx_file import OPSET, quiet_exporter, save_program
 from export.precision import FP16, FP32, half_unet
 from export.verify import verify
 
 logger = logging.getLogger(__name__)
-
-OPSET = 21
-"""GroupNormalization takes its statistics in float32 from here on, and attention is still plain matrix products."""
-
-EXTERNAL_DATA_BYTES = 1_800_000_000
-"""Weights beyond this go to a second file, because a protobuf holds at most 2 GiB."""
 
 _LIBRARIES = ("unet-rt", "torch", "numpy", "onnx", "onnxscript", "onnxruntime", "openvino")
 
@@ -51,18 +53,23 @@ def export_bundle(
     checkpoint: Checkpoint,
     out: str | Path,
     *,
+    classifier: Checkpoint | None = None,
     fp16: bool = False,
     make_plans: MakePlans | None = None,
     report: cli.Report = logger.info,
 ) -> Bundle:
     """Make the bundle `out` from a checkpoint, whole or not at all; a bundle of that name is replaced.
 
-    fp16: also write unet.fp16.onnx. make_plans: called with its path once it is verified. report: told of each step.
-    Raises CheckpointError for a classifier, ExportError for an artefact that cannot be built or differs by too much,
-    OutputError for a folder that cannot be written or is no bundle, MissingPackageError without onnx.
+    classifier: whose input gradient goes into classifier.onnx beside the network (export.gradient). fp16: also write
+    unet.fp16.onnx, and classifier.fp16.onnx. make_plans: called with the former's path once it is verified. report:
+    told of each step. Raises CheckpointError for a classifier in the U-Net's place or one that does not fit it,
+    ExportError for an artefact that cannot be built or differs by too much, OutputError for a folder that cannot be
+    written or is no bundle, MissingPackageError without onnx.
     """
     unet, manifest = checkpoint.unet(), checkpoint_manifest(checkpoint)
     _check_packages()
+    if classifier is not None:
+        check_fit(classifier, checkpoint)
     make_folder(Path(out).absolute().parent)
     precision = {WEIGHTS_NAME: FP32, ONNX_NAME: FP32}
     with atomic_folder(Path(out), is_bundle) as folder:
@@ -75,6 +82,11 @@ def export_bundle(
             precision[FP16_ONNX_NAME] = FP16
         report("verifying against the checkpoint")
         measurements = verify(folder, checkpoint)
+        entry: ClassifierEntry | None = None
+        if classifier is not None:
+            report("exporting the classifier's gradient")
+            guide = export_classifier(folder, classifier, checkpoint, fp16)
+            entry, measurements, precision = guide.entry, measurements + guide.measurements, precision | guide.precision
         plans: tuple[PlanEntry, ...] = ()
         if make_plans is not None:
             report("building plans")
@@ -84,7 +96,12 @@ def export_bundle(
         write_manifest(
             folder,
             dataclasses.replace(
-                manifest, precision=precision, verification=measurements, plans=plans, versions=versions
+                manifest,
+                precision=precision,
+                verification=measurements,
+                plans=plans,
+                versions=versions,
+                classifier=entry,
             ),
         )
     return Bundle.open(out)
@@ -103,13 +120,13 @@ def export_onnx(unet: UNet, path: Path) -> None:
 
     Inputs x_t [B, C, H, W] and timestep [B], both float32, y (as engine.config.LabelInput says) and cond
     [B, Cc, H, W] float32 where the network takes them; output `out` [B, C', H, W] float32. Weights beyond
-    EXTERNAL_DATA_BYTES go to `path`.data.
+    export.onnx_file.EXTERNAL_DATA_BYTES go to `path`.data.
     Raises ExportError, or OSError where the file cannot be written.
     """
     inputs = _example_inputs(unet.config)
     batch = torch.export.Dim("batch")
     size_bytes = sum(value.numel() * value.element_size() for value in unet.parameters())
-    with _quiet_exporter():
+    with quiet_exporter():
         try:
             program = torch.onnx.export(
                 unet,
@@ -126,8 +143,7 @@ def export_onnx(unet: UNet, path: Path) -> None:
             reason = str(error).strip().splitlines()[0]
             raise ExportError(f"torch {torch.__version__} cannot export this network: {reason}") from error
         assert program is not None
-        name_nodes(program.model)
-        program.save(str(path), external_data=size_bytes > EXTERNAL_DATA_BYTES)
+        save_program(program, path, size_bytes)
 
 
 def library_versions() -> dict[str, str]:
@@ -166,33 +182,28 @@ def _check_packages() -> None:
             raise MissingPackageError(package, "the ONNX export", "onnx") from error
 
 
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """torch's exporter warns of its own deprecations and of packages it does not need."""
-    names = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
-    levels = {name: logging.getLogger(name).level for name in names}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
-
-
 def read_checkpoint(args: argparse.Namespace) -> Checkpoint:
     """The checkpoint of a command line; logs what was assumed. Raises CheckpointError."""
     checkpoint = load_checkpoint(args.checkpoint, **facts_from_arguments(args))
     if checkpoint.is_classifier:
         raise CheckpointError(
-            f"{args.checkpoint} is a noise-conditioned classifier; pass the U-Net's checkpoint. Guidance reads the "
-            "classifier's file directly"
+            f"{args.checkpoint} is a noise-conditioned classifier; pass the U-Net's checkpoint, and this file with "
+            "--classifier"
         )
     for assumption in checkpoint.assumptions:
         logger.info("assumed %s", assumption)
     return checkpoint
+
+
+def read_classifier(args: argparse.Namespace, checkpoint: Checkpoint) -> Checkpoint | None:
+    """The classifier of a command line, None where none is given; raises CheckpointError or RequestError."""
+    if args.classifier is None:
+        return None
+    facts = {"image_size": checkpoint.config.image_size}
+    classifier = load_checkpoint(args.classifier, **facts | facts_from_items(args.classifier_fact, "--classifier-fact"))
+    for assumption in classifier.assumptions:
+        logger.info("classifier: assumed %s", assumption)
+    return classifier
 
 
 EXAMPLES = """examples:
@@ -209,8 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work(args: argparse.Namespace) -> Bundle:
         checkpoint = read_checkpoint(args)
-        with cli.progress(2) as report:
-            return export_bundle(checkpoint, cli.output_folder(args), report=report)
+        classifier = read_classifier(args, checkpoint)
+        with cli.progress(2 + (classifier is not None)) as report:
+            return export_bundle(checkpoint, cli.output_folder(args), classifier=classifier, report=report)
 
     return cli.run(work, parser, argv)
 

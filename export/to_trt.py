@@ -17,7 +17,7 @@ from engine.bundle import Bundle, PlanEntry
 from engine.checkpoint import Checkpoint
 from engine.config import UNetConfig
 from export import cli
-from export.to_onnx import export_bundle, read_checkpoint
+from export.to_onnx import export_bundle, read_checkpoint, read_classifier
 from export.trt_build import DEFAULT_BATCH, RTX_PIP_LINE, PlanBuilder, find_builders
 
 logger = logging.getLogger(__name__)
@@ -27,15 +27,17 @@ def export_trt_bundle(
     checkpoint: Checkpoint,
     out: str | Path,
     *,
+    classifier: Checkpoint | None = None,
     targets: tuple[str, ...] | None = None,
     batch: tuple[int, int, int] = DEFAULT_BATCH,
     report: cli.Report = logger.info,
 ) -> Bundle:
     """Make the bundle `out` with fp32 and fp16 ONNX and a plan of each TensorRT that works here.
 
-    targets: compute capabilities such as "sm89" for TensorRT-RTX, None for all it knows. batch: smallest, best and
-    largest batch of a plan. Raises what export.to_onnx.export_bundle raises, and ExportError for a target that is
-    unknown or cannot be built. Without TensorRT the bundle has no plan and a warning is logged.
+    classifier: whose gradient goes in too, in fp32 and fp16. targets: compute capabilities such as "sm89" for
+    TensorRT-RTX, None for all it knows. batch: smallest, best and largest batch of a plan. Raises what
+    export.to_onnx.export_bundle raises, and ExportError for a target that is unknown or cannot be built. Without
+    TensorRT the bundle has no plan and a warning is logged.
     """
     builders = find_builders(targets)
     if not builders:
@@ -44,7 +46,14 @@ def export_trt_bundle(
     def make_plans(onnx: Path) -> tuple[PlanEntry, ...]:
         return _build(builders, onnx, checkpoint.config, batch)
 
-    return export_bundle(checkpoint, out, fp16=True, make_plans=make_plans if builders else None, report=report)
+    return export_bundle(
+        checkpoint,
+        out,
+        classifier=classifier,
+        fp16=True,
+        make_plans=make_plans if builders else None,
+        report=report,
+    )
 
 
 def _build(
@@ -101,9 +110,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work(args: argparse.Namespace) -> Bundle:
         find_builders(args.target)  # a wrong target is said before the work begins
         checkpoint = read_checkpoint(args)
-        with cli.progress(4) as report:
+        classifier = read_classifier(args, checkpoint)
+        with cli.progress(4 + (classifier is not None)) as report:
             return export_trt_bundle(
-                checkpoint, cli.output_folder(args), targets=args.target, batch=args.batch, report=report
+                checkpoint,
+                cli.output_folder(args),
+                classifier=classifier,
+                targets=args.target,
+                batch=args.batch,
+                report=report,
             )
 
     return cli.run(work, parser, argv)

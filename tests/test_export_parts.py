@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import export.to_onnx
+import export.onnx_file
 from engine.backends.ort import OrtBackend
 from engine.backends.ov import OpenVINOBackend
 from engine.bundle import Bundle, FileEntry, Manifest, Measurement, PlanEntry
@@ -76,7 +76,7 @@ def split_files(tmp_path_factory):
     """The network as ONNX with its weights in a second file, as for weights beyond 2 GB."""
     path = tmp_path_factory.mktemp("onnx") / "unet.onnx"
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
-        patch.setattr(export.to_onnx, "EXTERNAL_DATA_BYTES", 0)
+        patch.setattr(export.onnx_file, "EXTERNAL_DATA_BYTES", 0)
         to_onnx.export_onnx(random_unet(), path)
     assert not caught
     return path

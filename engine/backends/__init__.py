@@ -11,8 +11,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.bundle import FP16_ONNX_NAME, ONNX_NAME, WEIGHTS_NAME, Bundle, Manifest
-from engine.errors import BackendError, MissingPackageError
+from engine.bundle import (
+    CLASSIFIER_FP16_NAME,
+    CLASSIFIER_NAME,
+    FP16_ONNX_NAME,
+    ONNX_NAME,
+    WEIGHTS_NAME,
+    Bundle,
+    Manifest,
+)
+from engine.errors import BackendError, BundleError, MissingPackageError
+from engine.guidance import Guide
 
 logger = logging.getLogger(__name__)
 
@@ -128,4 +137,38 @@ def _open(name: str, bundle: Bundle, precision: str, artefact: str, threads: int
             return EagerBackend.from_weights(bundle.manifest, path, precision, threads)
 
 
-__all__ = ["Backend", "MissingPackageError", "open_backend"]
+def open_guide(
+    bundle: Bundle, backend: str = "auto", precision: str | None = None, threads: int | None = None
+) -> Guide:
+    """The bundle's classifier as an exported gradient graph, without torch autograd.
+
+    backend: of the U-Net, whose library is taken where it can run the graph; otherwise OpenVINO, else ONNX Runtime.
+    precision: "fp16" takes classifier.fp16.onnx on ort where the bundle has it; everything else is fp32, also beside a
+    bf16 U-Net. threads: CPU threads, None for all cores. Raises BundleError for a bundle without a classifier and
+    BackendError where neither library is installed.
+    """
+    entry = bundle.manifest.classifier
+    if entry is None:
+        raise BundleError(
+            f"{bundle.path} holds no classifier; pass its file with --classifier, or build the bundle again with: "
+            "python -m export.to_trt CHECKPOINT --classifier FILE"
+        )
+    libraries = {"ov": _missing("openvino", "cpu"), "ort": _missing("onnxruntime", "onnx")}
+    order = sorted(libraries, key=lambda name: name != backend)
+    reasons = {name: libraries[name]() for name in order}
+    name = next((name for name in order if reasons[name] is None), None)
+    if name is None:
+        raise BackendError("nothing here can run the bundle's classifier: " + "; ".join(map(str, reasons.values())))
+    is_half = name == "ort" and precision == "fp16" and bundle.has(CLASSIFIER_FP16_NAME)
+    path = bundle.file(CLASSIFIER_FP16_NAME if is_half else CLASSIFIER_NAME)
+    logger.info("classifier on %s in %s", name, "fp16" if is_half else "fp32")
+    if name == "ov":
+        from engine.backends.ov import OpenVINOGuide
+
+        return OpenVINOGuide(entry.config, path, threads)
+    from engine.backends.ort import OrtGuide
+
+    return OrtGuide(entry.config, path, threads)
+
+
+__all__ = ["Backend", "MissingPackageError", "open_backend", "open_guide"]

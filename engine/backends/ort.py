@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.bundle import Manifest
+from engine.config import ClassifierConfig
 from engine.errors import BackendError, MissingPackageError
 
 
@@ -53,4 +54,30 @@ class OrtBackend:
         return run_session(self._session, {"x_t": x_t, "timestep": timestep, "y": y, "cond": cond})[0]
 
     def close(self) -> None:
+        self._session = None
+
+
+class OrtGuide:
+    """A bundle's classifier.onnx, or classifier.fp16.onnx, as an engine.guidance.Guide."""
+
+    name = "ort"
+
+    def __init__(self, config: ClassifierConfig, path: Path, threads: int | None) -> None:
+        self._session = open_session(path, threads)
+        self._config = config
+
+    @property
+    def config(self) -> ClassifierConfig:
+        return self._config
+
+    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """See engine.guidance.Guide; raises BackendError once closed."""
+        if self._session is None:
+            raise BackendError("this classifier was closed; open the bundle again")
+        given = {"x_t": x_t, "timestep": timestep, "y": y, "scale": scale}
+        grad, log_p = run_session(self._session, given, ["grad", "log_p"])
+        return grad, log_p
+
+    def close(self) -> None:
+        """Release the session."""
         self._session = None

@@ -1,0 +1,41 @@
+"""Writing an exported program as an ONNX file: what the network and the classifier's gradient share."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from export.passes import name_nodes
+
+OPSET = 21
+"""GroupNormalization takes its statistics in float32 from here on, and attention is still plain matrix products."""
+
+EXTERNAL_DATA_BYTES = 1_800_000_000
+"""Weights beyond this go to a second file, because a protobuf holds at most 2 GiB."""
+
+
+def save_program(program: torch.onnx.ONNXProgram, path: Path, size_bytes: int) -> None:
+    """Name the nodes and write the file; weights go to `path`.data where size_bytes of them need it. Raises OSError."""
+    name_nodes(program.model)
+    program.save(str(path), external_data=size_bytes > EXTERNAL_DATA_BYTES)
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """torch's exporter warns of its own deprecations and of packages it does not need."""
+    names = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
