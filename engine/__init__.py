@@ -27,7 +27,7 @@ from engine.guidance import ClassifierGuidance  # noqa: E402
 from engine.noise import RecordedNoise  # noqa: E402
 from engine.sampler import Sampler  # noqa: E402
 from engine.schedule import NoiseSchedule  # noqa: E402
-from engine.solvers import ddim_table, ddpm_table  # noqa: E402
+from engine.solvers import ddim_table, ddpm_table, dpmpp_table  # noqa: E402
 
 __all__ = [
     "BackendError",
@@ -48,6 +48,7 @@ __all__ = [
     "UnknownFamilyError",
     "ddim_table",
     "ddpm_table",
+    "dpmpp_table",
     "load_checkpoint",
     "open_backend",
 ]

@@ -23,7 +23,7 @@ from engine.errors import RequestError
 from engine.guidance import ClassifierGuidance
 from engine.noise import LABELS, NOISE, NoiseSource, normal, uniform
 from engine.prediction import Variance
-from engine.solvers import COLUMNS, Steps, StepTable, ddim_table, ddpm_table
+from engine.solvers import COLUMNS, Steps, StepTable, ddim_table, ddpm_table, dpmpp_table
 from kernels.reference import Coefficients, solver_update
 
 _TIMESTEP = COLUMNS.index("timestep")
@@ -216,10 +216,10 @@ class Sampler:
     ) -> Tensor:
         """n images, float32 [n, C, H, W] in [-1, 1].
 
-        steps: how many, or a respacing string such as "10,10,10" or "ddim50". sampler: "ddim" (with eta) or "ddpm"
-        (with variance, the checkpoint's own unless given). labels: one class for all, or [n]; None draws one from
-        each seed. seed: image i has seed + i; seeds: [n] instead. cond: [n, Cc, h, w], resized bilinearly where it is
-        smaller than the image. noise: a source to use instead of Philox, e.g. engine.noise.RecordedNoise.
+        steps: how many, or a respacing string such as "10,10,10" or "ddim50". sampler: "ddim" (with eta), "dpmpp" or
+        "ddpm" (with variance, the checkpoint's own unless given). labels: one class for all, or [n]; None draws one
+        from each seed. seed: image i has seed + i; seeds: [n] instead. cond: [n, Cc, h, w], resized bilinearly where
+        it is smaller than the image. noise: a source to use instead of Philox, e.g. engine.noise.RecordedNoise.
         batch_size: images in progress at a time; it never changes an image. Raises RequestError.
         """
         table = self.table(steps, sampler, eta, variance)
@@ -240,7 +240,11 @@ class Sampler:
             if variance is not None:
                 raise RequestError("variance belongs to ddpm; the noise of ddim is set by eta")
             return ddim_table(self.diffusion, steps, eta)
-        raise RequestError(f"unknown sampler {sampler!r}; known: ddim, ddpm")
+        if sampler == "dpmpp":
+            if eta or variance is not None:
+                raise RequestError("dpmpp adds no noise; leave eta and variance out")
+            return dpmpp_table(self.diffusion, steps)
+        raise RequestError(f"unknown sampler {sampler!r}; known: ddim, ddpm, dpmpp")
 
     def requests(
         self,

@@ -245,3 +245,29 @@ def ddim_inversion_table(diffusion: Diffusion, steps: Steps) -> StepTable:
             "Q": np.sqrt(1 - following) / np.sqrt(1 - abar),
         }
     )
+
+
+def dpmpp_table(diffusion: Diffusion, steps: Steps) -> StepTable:
+    """DPM-Solver++(2M), deterministic, second order, one network call a step; Lu et al. (2022), algorithm 2.
+
+    With alpha = sqrt(abar), sigma = sqrt(1 - abar), lambda = log(alpha / sigma) and h = lambda' - lambda, ' being the
+    level that a row goes to, and r = h_before / h:
+
+        D      = (1 + 1 / (2 r)) x0 - 1 / (2 r) x0_before
+        x_prev = sigma' / sigma x_t + alpha' (1 - exp(-h)) D
+
+    The first row and the last, which goes to sigma 0, are of first order (D = x0), as in diffusers' midpoint solver.
+    A classifier's gradient moves x0 as in ddim_table. Raises RequestError for steps that do not fit.
+    """
+    diffusion = _sliced(diffusion, steps)
+    schedule = _visited(diffusion, steps)
+    abar = schedule.alphas_cumprod
+    half_log_snr = 0.5 * (np.log(abar) - np.log1p(-abar))
+    # Entry t goes from level t to level t - 1. Entry 0 goes to sigma 0, where h is infinite: all of x0, none of x_t.
+    towards_xt, towards_x0, before = np.zeros(len(abar)), np.ones(len(abar)), np.zeros(len(abar))
+    h = half_log_snr[:-1] - half_log_snr[1:]
+    towards_xt[1:] = np.sqrt((1 - abar[:-1]) / (1 - abar[1:]))
+    towards_x0[1:] = -np.sqrt(abar[:-1]) * np.expm1(-h)
+    before[1:-1] = towards_x0[1:-1] * h[:-1] / (2 * h[1:])
+    columns = {"H": (1 - abar) / np.sqrt(abar), "P": towards_x0 + before, "Q": towards_xt, "R": -before}
+    return _descending(_common(diffusion, schedule) | columns)

@@ -168,6 +168,7 @@ REFUSALS = {
     "batch_size is 0; expected 1 or more": ["--batch-size", "0", "--grid", "g/OUT"],
     "eta must lie between 0 and 1, got 7": ["--eta", "7", "--out", "OUT"],
     "eta belongs to ddim": ["--sampler", "ddpm", "--eta", "0.5", "--out", "OUT"],
+    "dpmpp adds no noise": ["--sampler", "dpmpp", "--eta", "0.5", "--out", "OUT"],
     "variance belongs to ddpm": ["--variance", "fixed_small", "--out", "OUT"],
     "no variance channels": ["--sampler", "ddpm", "--variance", "learned_range", "--out", "OUT"],
     "unknown backend 'fast'; known: auto": ["--backend", "fast", "--out", "OUT"],

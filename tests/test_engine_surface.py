@@ -27,6 +27,7 @@ PUBLIC = {
     "UnknownFamilyError",
     "ddim_table",
     "ddpm_table",
+    "dpmpp_table",
     "load_checkpoint",
     "open_backend",
 }
