@@ -36,14 +36,15 @@ from engine.schedule import Float64, NoiseSchedule, space_timesteps
 class StepTable:
     """One sampler: columns of [N] float64, row 0 the first step taken.
 
-    timestep: the network's time input. clip: |x0| limit, inf for none. The other columns are the coefficients in
-    the module's formulas.
+    timestep: the network's time input. clip: |x0| limit, inf for none. percentile: of dynamic thresholding, whose
+    largest limit is then clip; 0 for none. The other columns are the coefficients in the module's formulas.
     """
 
     timestep: Float64
     A: Float64
     B: Float64
     clip: Float64
+    percentile: Float64
     P: Float64
     Q: Float64
     H: Float64
@@ -145,6 +146,7 @@ def _common(diffusion: Diffusion, schedule: NoiseSchedule) -> dict[str, Float64]
         "A": a,
         "B": b,
         "clip": np.full(len(schedule), clip),
+        "percentile": np.full(len(schedule), diffusion.percentile or 0.0),
     }
 
 

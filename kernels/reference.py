@@ -131,6 +131,7 @@ class Coefficients:
     A: Tensor
     B: Tensor
     clip: Tensor
+    percentile: Tensor
     H: Tensor
     L0: Tensor
     L1: Tensor
@@ -147,6 +148,28 @@ def _term(coefficient: Tensor, operand: Tensor) -> Tensor:
     return torch.where(coefficient != 0, coefficient * operand, 0.0)
 
 
+def limit_x0(x0: Tensor, clip: Tensor, percentile: Tensor) -> Tensor:
+    """x0 [B, C, H, W] kept in a range; clip and percentile are [B, 1, 1, 1].
+
+    Where percentile is 0: clamp(x0, -clip, clip), clip inf for no limit. Elsewhere dynamic thresholding: with s the
+    quantile of an image's |x0| at percentile (in (0, 1], linear between elements), raised to 1 and cut at clip,
+    clamp(x0, -s, s) / s. Saharia et al., Imagen (2022), section 2.3; the cut is diffusers' sample_max_value.
+    """
+    fixed = torch.maximum(torch.minimum(x0, clip), -clip)
+    if not bool((percentile > 0).any()):
+        return fixed
+    magnitudes = x0.abs().flatten(1).sort(dim=1).values
+    # In float64, because a position among more than 2^24 / 100 elements has no exact fraction in float32.
+    position = percentile.reshape(-1, 1).double() * (magnitudes.shape[1] - 1)
+    low = position.floor().long()
+    high = (low + 1).clamp(max=magnitudes.shape[1] - 1)
+    quantile = torch.lerp(
+        magnitudes.gather(1, low).double(), magnitudes.gather(1, high).double(), position - low.double()
+    )
+    s = torch.minimum(quantile.to(x0.dtype).reshape(clip.shape).clamp(min=1.0), clip)
+    return torch.where(percentile > 0, torch.maximum(torch.minimum(x0, s), -s) / s, fixed)
+
+
 def solver_update(
     row: Coefficients,
     x_t: Tensor,
@@ -157,7 +180,7 @@ def solver_update(
 ) -> tuple[Tensor, Tensor]:
     """One step of any table-driven sampler: returns (x_prev, x0), each [B, C, H, W] float32.
 
-        x0     = clamp(A*x_t + B*out, -clip, clip) + H*grad
+        x0     = limit_x0(A*x_t + B*out, clip, percentile) + H*grad
         var    = exp(L0 + f*(L1 - L0)),  f = (v + 1)/2
         x_prev = P*x0 + Q*x_t + E*out + R*x0_before + G*var*grad + S*sqrt(var)*noise
 
@@ -166,8 +189,7 @@ def solver_update(
     """
     channels = x_t.shape[1]
     mean_out = out[:, :channels]
-    x0 = _term(row.A, x_t) + _term(row.B, mean_out)
-    x0 = torch.maximum(torch.minimum(x0, row.clip), -row.clip)
+    x0 = limit_x0(_term(row.A, x_t) + _term(row.B, mean_out), row.clip, row.percentile)
     if grad is not None:
         x0 = x0 + _term(row.H, grad)
     x_prev = _term(row.P, x0) + _term(row.Q, x_t) + _term(row.E, mean_out)
