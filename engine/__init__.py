@@ -23,7 +23,7 @@ from engine.errors import (  # noqa: E402
     UNetRTError,
     UnknownFamilyError,
 )
-from engine.guidance import ClassifierGuidance  # noqa: E402
+from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance  # noqa: E402
 from engine.noise import RecordedNoise  # noqa: E402
 from engine.sampler import Sampler  # noqa: E402
 from engine.schedule import NoiseSchedule  # noqa: E402
@@ -34,6 +34,7 @@ __all__ = [
     "BundleError",
     "Checkpoint",
     "CheckpointError",
+    "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "ConfigError",
     "ExportError",

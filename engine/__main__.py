@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,15 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="images in progress at a time (default 16)")
     parser.add_argument("--classifier", type=Path, help="noise-conditioned classifier checkpoint for guidance")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="classifier gradient scale (default 1)")
+    parser.add_argument("--cfg-scale", type=float, default=1.0, help="classifier-free guidance (default 1: none)")
+    parser.add_argument(
+        "--cfg-interval",
+        type=float,
+        nargs=2,
+        metavar=("FIRST", "LAST"),
+        default=(-math.inf, math.inf),
+        help="training timesteps with classifier-free guidance (default: all)",
+    )
     parser.add_argument(
         "--classifier-fact", action="append", default=[], metavar="NAME=VALUE", help="a fact its file does not hold"
     )

@@ -356,3 +356,15 @@ def test_a_reader_that_goes_away():
     with logging_restored(), os.fdopen(write, "w") as pipe, contextlib.redirect_stdout(pipe):
         assert run_command(lambda _: print("text"), argparse.Namespace()) == 0
         print("more")
+
+
+def test_classifier_free_guidance(tmp_path, bundle):
+    def image(*extra: object) -> bytes:
+        path = tmp_path / "g.png"
+        assert sample(bundle, "-n", 1, "--class", 1, "--sampler", "dpmpp", "--grid", path, *extra).status == 0
+        return path.read_bytes()
+
+    plain = image()
+    assert image("--cfg-scale", 1) == plain
+    assert image("--cfg-scale", 40) != plain
+    assert image("--cfg-scale", 40, "--cfg-interval", -2, -1) == plain

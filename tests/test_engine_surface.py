@@ -13,6 +13,7 @@ PUBLIC = {
     "BundleError",
     "Checkpoint",
     "CheckpointError",
+    "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "ConfigError",
     "ExportError",
