@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -12,11 +15,21 @@ from engine.backends import Backend, open_backend
 from engine.bundle import Bundle
 from engine.errors import RequestError
 from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance
-from engine.noise import NoiseSource, normal
+from engine.likelihood import variational_bound
+from engine.noise import NOISE, NoiseSource, normal
+from engine.plans import Options, Plan, Preview, Progress, deterministic, great_circle, previews
 from engine.prediction import Variance
 from engine.requests import Labels, make_requests, resize_condition
-from engine.slots import Request, Slots, Step
-from engine.solvers import Steps, StepTable, ddim_table, ddpm_table, dpmpp_table
+from engine.slots import Request, Slots, Step, label_tensor
+from engine.solvers import (
+    Steps,
+    StepTable,
+    ddim_inversion_table,
+    ddim_table,
+    ddpm_table,
+    dpmpp_table,
+    starting_level,
+)
 
 __all__ = ["Labels", "Request", "Sampler", "Slots", "Step", "resize_condition"]
 
@@ -44,40 +57,141 @@ class Sampler:
         """Release the backend."""
         self.backend.close()
 
-    def sample(
-        self,
-        n: int,
-        *,
-        steps: Steps = 50,
-        sampler: str = "ddim",
-        eta: float = 0.0,
-        variance: Variance | None = None,
-        labels: Labels | None = None,
-        seed: int = 0,
-        seeds: Sequence[int] | None = None,
-        guidance: ClassifierGuidance | None = None,
-        cfg_scale: float | ClassifierFreeGuidance = 1.0,
-        cond: Tensor | None = None,
-        noise: NoiseSource = normal,
-        batch_size: int = 16,
-    ) -> Tensor:
+    def sample(self, n: int, **options: Unpack[Options]) -> Tensor:
         """n images, float32 [n, C, H, W] in [-1, 1].
 
-        steps: how many, or a respacing string such as "10,10,10" or "ddim50". sampler: "ddim" (with eta), "dpmpp" or
-        "ddpm" (with variance, the checkpoint's own unless given). labels: one class for all, or [n]; None draws one
-        from each seed. seed: image i has seed + i; seeds: [n] instead. guidance: by a classifier. cfg_scale: of
-        classifier-free guidance, out = without_label + cfg_scale (with_label - without_label), 1 for none; or a
-        ClassifierFreeGuidance. cond: [n, Cc, h, w], resized bilinearly where it is smaller than the image. noise: a
-        source to use instead of Philox, e.g. engine.noise.RecordedNoise. batch_size: images in progress at a time; it
-        never changes an image. Raises RequestError.
+        steps: how many (50), or a respacing string such as "10,10,10" or "ddim50". sampler: "ddim" (with eta),
+        "dpmpp" or "ddpm" (with variance, the checkpoint's own unless given). labels: one class for all, or [n]; None
+        draws one from each seed. seed: image i has seed + i; seeds: [n] instead. guidance: by a classifier.
+        cfg_scale: of classifier-free guidance, out = without_label + cfg_scale (with_label - without_label), 1 for
+        none; or a ClassifierFreeGuidance. cond: [n, Cc, h, w], resized bilinearly where it is smaller than the image.
+        noise: a source to use instead of Philox, e.g. engine.noise.RecordedNoise. batch_size: images in progress at a
+        time (16); it never changes an image. Raises RequestError.
         """
-        table = self.table(steps, sampler, eta, variance)
-        requests = self.requests(n, table, labels, seed, seeds, guidance, cond, cfg_scale)
-        images = torch.empty(n, self.config.in_channels, *self.config.image_size)
-        for step in self.run(requests, guidance, noise, batch_size):
-            if step.is_last:
-                images[step.request.index] = step.x_prev.clamp(-1, 1)
-        return images
+        return self._finish(self._plan(n, **options))
+
+    def stream(self, n: int, **options: Unpack[Options]) -> Iterator[Preview]:
+        """What sample() makes, step by step: after each step of each image its x0 so far, and at the end the image.
+
+        Images come as their slots do: up to batch_size in turn. Bad options raise RequestError at the call.
+        """
+        return previews(self._run(self._plan(n, **options)))
+
+    def progressive(self, n: int, **options: Unpack[Options]) -> Progress:
+        """Every step of n images: x after the step and the x0 it went by, each [n, steps, C, H, W] float32."""
+        plan = self._plan(n, **options)
+        shape = (n, len(plan.requests[0].table), *self._shape)
+        progress, taken = Progress(torch.empty(shape), torch.empty(shape)), [0] * n
+        for step in self._run(plan):
+            image = step.request.index
+            progress.x[image, taken[image]], progress.x0[image, taken[image]] = step.x_prev, step.x0
+            taken[image] += 1
+        return progress
+
+    def interpolate(self, first_seed: int, second_seed: int, n: int, **options: Unpack[Options]) -> Tensor:
+        """n images from that of one seed to that of another, both included, [n, C, H, W]; n is 2 or more.
+
+        The start noises lie on a great circle, at equal angles: Song et al., DDIM (2021), appendix D.5. labels, where
+        None, are drawn from the first seed. Raises RequestError for a sampler that adds noise.
+        """
+        if n < 2:
+            raise RequestError(f"n is {n}; expected 2 or more images to interpolate")
+        if options.get("seed") is not None or options.get("seeds") is not None:
+            raise RequestError("interpolate has its two seeds; leave seed and seeds out")
+        plan = self._plan(n, **(options | {"seeds": [first_seed] * n}))
+        if plan.requests[0].table.S.any():
+            raise RequestError("images between two seeds need a sampler without noise: ddim with eta 0, or dpmpp")
+        ends = torch.from_numpy(plan.noise([first_seed, second_seed], [0, 0], self._shape, NOISE))
+        weights = torch.linspace(0, 1, n, dtype=torch.float64).tolist()
+        return self._finish(plan.starting_at([great_circle(ends[0], ends[1], w) for w in weights]))
+
+    def encode(self, images: Tensor, **options: Unpack[Options]) -> Tensor:
+        """The noise [n, C, H, W] float32 that decode() turns into these images, by DDIM inversion with eta 0.
+
+        images: [n, C, H, W] in [-1, 1]. labels: as decode() is to use them; None is the null class, and an error
+        where the network has labels but no null class. Of the options steps, labels, guidance, cfg_scale, cond and
+        batch_size apply. Song et al., DDIM (2021), section 4.3. Raises RequestError.
+        """
+        starts = self._images(images)
+        plan = self._plan(len(starts), **self._unlabelled(deterministic(options, "encode")))
+        table = ddim_inversion_table(self.diffusion, options.get("steps", 50))
+        requests = [dataclasses.replace(r, table=table) for r in plan.requests]
+        return self._raw(dataclasses.replace(plan, requests=requests).starting_at(starts))
+
+    def decode(self, x_T: Tensor, **options: Unpack[Options]) -> Tensor:
+        """Images [n, C, H, W] in [-1, 1] of start noise x_T [n, C, H, W], by DDIM with eta 0; see encode()."""
+        starts = self._images(x_T, is_noise=True)
+        plan = self._plan(len(starts), **self._unlabelled(deterministic(options, "decode")))
+        return self._finish(plan.starting_at(starts))
+
+    def img2img(self, images: Tensor, strength: float = 0.5, **options: Unpack[Options]) -> Tensor:
+        """Variations of images [n, C, H, W] in [-1, 1]: noised part of the way, then denoised; Meng et al., SDEdit.
+
+        strength: share of the steps that is run, in (0, 1], at least one. The noise is draw 0 of each seed. Raises
+        RequestError.
+        """
+        known = self._images(images)
+        if not 0 < strength <= 1:
+            raise RequestError(f"strength is {strength}; expected a number above 0, at most 1")
+        plan = self._plan(len(known), **options)
+        whole = plan.requests[0].table
+        table = whole.last(max(1, round(strength * len(whole))))
+        abar = starting_level(self.diffusion, table)
+        seeds = [r.seed for r in plan.requests]
+        z = torch.from_numpy(plan.noise(seeds, [0] * len(seeds), self._shape, NOISE))
+        requests = [dataclasses.replace(r, table=table) for r in plan.requests]
+        starts = math.sqrt(abar) * known + math.sqrt(1 - abar) * z
+        return self._finish(dataclasses.replace(plan, requests=requests).starting_at(starts))
+
+    def inpaint(self, images: Tensor, mask: Tensor, **options: Unpack[Options]) -> Tensor:
+        """images [n, C, H, W] in [-1, 1] with the part where mask is 1 made anew, to fit the rest.
+
+        mask: [H, W], [C, H, W], or [n, 1 or C, H, W] of numbers from 0 (kept) to 1 (made). Lugmayr et al., RePaint
+        (2022), eq. 8, without its jumps: after every step the kept part is the image, noised to that step's level.
+        Raises RequestError.
+        """
+        known = self._images(images)
+        try:
+            whole = mask.float().expand(known.shape)
+        except RuntimeError as error:
+            raise RequestError(f"mask has shape {tuple(mask.shape)}; expected one for {tuple(known.shape)}") from error
+        if not bool(((whole >= 0) & (whole <= 1)).all()):
+            raise RequestError("mask holds values outside 0 (kept) to 1 (made)")
+        plan = self._plan(len(known), **options)
+        requests = [dataclasses.replace(r, known=known[r.index], mask=whole[r.index]) for r in plan.requests]
+        return self._finish(dataclasses.replace(plan, requests=requests))
+
+    def nll(
+        self, images: Tensor, *, steps: Steps | None = None, labels: Labels | None = None, cond: Tensor | None = None,
+        seed: int = 0, batch_size: int = 16,
+    ) -> Tensor:  # fmt: skip
+        """The variational bound of images [n, C, H, W] in [-1, 1] in bits per dimension, [n]; lower is likelier.
+
+        steps: all of training's unless given. labels: None is the null class. The noise of image i is that of seed
+        seed + i. Improved DDPM (2021), eq. 4 to 7, as OpenAI's code evaluates it. Raises RequestError.
+        """
+        x0 = self._images(images)
+        self._check_run(None, batch_size)
+        if self.config.self_condition:
+            raise RequestError("the bound takes each step by itself; this network is given the x0 of the step before")
+        table = ddim_table(self.diffusion, 1)
+        given = self._unlabelled({"labels": labels})["labels"]
+        made = self.requests(len(x0), table, given, seed, cond=cond)
+        totals = []
+        for first in range(0, len(made), batch_size):
+            part = made[first : first + batch_size]
+            label = label_tensor(self.config, part)
+            conds = torch.stack([r.cond for r in part if r.cond is not None]) if cond is not None else None
+            terms = variational_bound(
+                self.backend,
+                x0[first : first + batch_size],
+                len(self.diffusion.schedule) if steps is None else steps,
+                labels=label,
+                cond=conds,
+                seeds=[r.seed for r in part],
+            )
+            totals.append(terms.total)
+        return torch.cat(totals)
 
     def table(self, steps: Steps, sampler: str, eta: float = 0.0, variance: Variance | None = None) -> StepTable:
         """The table of a named sampler on this checkpoint's schedule; raises RequestError for an unknown name."""
@@ -127,10 +241,7 @@ class Sampler:
         batch_size: int = 16,
     ) -> Iterator[Step]:
         """Every step of every request, as they happen; a finished image's slot goes to the next request."""
-        if batch_size < 1:
-            raise RequestError(f"batch_size is {batch_size}; expected 1 or more")
-        if guidance is not None:
-            self._check_guide(guidance)
+        self._check_run(guidance, batch_size)
         waiting = iter(requests)
         slots = Slots(self.backend, batch_size, guidance, noise)
         while True:
@@ -142,6 +253,73 @@ class Sampler:
             if slots.is_empty:
                 return
             yield from slots.step()
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return (self.config.in_channels, *self.config.image_size)
+
+    def _plan(
+        self,
+        n: int,
+        *,
+        steps: Steps = 50,
+        sampler: str = "ddim",
+        eta: float = 0.0,
+        variance: Variance | None = None,
+        labels: Labels | None = None,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        guidance: ClassifierGuidance | None = None,
+        cfg_scale: float | ClassifierFreeGuidance = 1.0,
+        cond: Tensor | None = None,
+        noise: NoiseSource = normal,
+        batch_size: int = 16,
+    ) -> Plan:
+        table = self.table(steps, sampler, eta, variance)
+        requests = self.requests(n, table, labels, seed, seeds, guidance, cond, cfg_scale)
+        self._check_run(guidance, batch_size)
+        return Plan(requests, guidance, noise, batch_size)
+
+    def _run(self, plan: Plan) -> Iterator[Step]:
+        return self.run(plan.requests, plan.guidance, plan.noise, plan.batch_size)
+
+    def _raw(self, plan: Plan) -> Tensor:
+        """The last x of every request, [n, C, H, W]."""
+        images = torch.empty(len(plan.requests), *self._shape)
+        for step in self._run(plan):
+            if step.is_last:
+                images[step.request.index] = step.x_prev
+        return images
+
+    def _finish(self, plan: Plan) -> Tensor:
+        return self._raw(plan).clamp(-1, 1)
+
+    def _images(self, images: Tensor, is_noise: bool = False) -> Tensor:
+        what = "noise" if is_noise else "images"
+        got, expected = tuple(images.shape), ", ".join(map(str, self._shape))
+        if images.ndim != 4 or not len(images) or got[1:] != self._shape:
+            raise RequestError(f"{what} of shape {got} given; expected [n, {expected}], n 1 or more")
+        if not images.is_floating_point():
+            raise RequestError(f"{what} of {images.dtype} given; expected floats{'' if is_noise else ' in [-1, 1]'}")
+        if not bool(images.isfinite().all()):
+            raise RequestError(f"{what} given with NaN or infinite values; expected finite numbers")
+        if not is_noise and float(images.abs().max()) > 1:
+            raise RequestError(f"images reach {float(images.abs().max()):.4g}; expected values in [-1, 1]")
+        return images.float()
+
+    def _unlabelled(self, options: Options) -> Options:
+        """Options in which no label is the null class, rather than one drawn from a seed."""
+        if options.get("labels") is not None or self.config.num_classes is None:
+            return options
+        if self.config.null_class is None:
+            raise RequestError("this network needs labels, and none of them means none; pass labels")
+        return options | {"labels": self.config.null_class}
+
+    def _check_run(self, guidance: ClassifierGuidance | None, batch_size: int) -> None:
+        if batch_size < 1:
+            raise RequestError(f"batch_size is {batch_size}; expected 1 or more")
+        if guidance is not None:
+            self._check_guide(guidance)
 
     def _check_guide(self, guidance: ClassifierGuidance) -> None:
         config = guidance.guide.config

@@ -5,6 +5,7 @@ Slots take the network's result, their row's coefficients and their own noise, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,15 +13,16 @@ import torch
 from torch import Tensor
 
 from engine.backends import Backend
-from engine.config import LabelInput
+from engine.config import LabelInput, UNetConfig
 from engine.errors import RequestError
 from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance, guided_out, is_within, require_null_class
-from engine.noise import NOISE, NoiseSource, normal
+from engine.noise import INPAINTING, NOISE, NoiseSource, normal
 from engine.solvers import COLUMNS, StepTable
-from kernels.reference import Coefficients, solver_update
+from kernels.reference import Coefficients, Known, solver_update
 
 _TIMESTEP = COLUMNS.index("timestep")
 _NOISE_SCALE = COLUMNS.index("S")
+_KNOWN_NOISE = COLUMNS.index("N")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +31,7 @@ class Request:
 
     label: for the network, a vector where it takes vectors; classifier_label: for guidance of strength scale. x_start:
     [C, H, W] to begin with instead of draw 0 of the seed. cond: [Cc, H, W]. cfg: classifier-free guidance, None for
-    none.
+    none. known, mask: [C, H, W], an image of which the mask's zeros are kept.
     """
 
     index: int
@@ -41,6 +43,8 @@ class Request:
     x_start: Tensor | None = None
     cond: Tensor | None = None
     cfg: ClassifierFreeGuidance | None = None
+    known: Tensor | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +55,14 @@ class Step:
     x_prev: Tensor
     x0: Tensor
     is_last: bool
+
+
+def label_tensor(config: UNetConfig, requests: Sequence[Request]) -> Tensor | None:
+    """What the network is given as labels: int64 [B], float32 [B, D] where it takes vectors, None where it has none."""
+    if config.num_classes is None:
+        return None
+    is_class = config.label is LabelInput.TABLE
+    return torch.tensor([r.label for r in requests], dtype=torch.int64 if is_class else torch.float32)
 
 
 class Slots:
@@ -78,8 +90,6 @@ class Slots:
         self._is_self_conditioned = config.self_condition
         has_cond = config.cond_channels > 0 and not config.self_condition
         self._cond = torch.zeros(capacity, config.cond_channels, *config.image_size) if has_cond else None
-        self._is_labelled = config.num_classes is not None
-        self._label_type = torch.int64 if config.label is LabelInput.TABLE else torch.float32
         self._null_class = config.null_class
         self._timestep_scale = backend.manifest.diffusion.timestep_scale
 
@@ -103,6 +113,8 @@ class Slots:
             if request.cond is None:
                 raise RequestError("this network takes a condition image; pass cond")
             self._cond[slot] = request.cond
+        if (request.known is None) != (request.mask is None):
+            raise RequestError("a known image and its mask belong together; give both or neither")
         if request.cfg is not None:
             require_null_class(self._backend.manifest.config)
         key = id(request.table)
@@ -132,7 +144,7 @@ class Slots:
     def _advance(self, live: list[int], requests: list[Request], rows: np.ndarray) -> tuple[Tensor, Tensor]:
         x_t = self._x_t[live]
         timestep = torch.from_numpy(rows[:, _TIMESTEP].copy())
-        label = torch.tensor([r.label for r in requests], dtype=self._label_type) if self._is_labelled else None
+        label = label_tensor(self._backend.manifest.config, requests)
         cond = self._cond[live] if self._cond is not None else None
         if self._is_self_conditioned:
             # Chen et al., Analog bits (2022), section 3.2: the x0 of the step before, zeros at first.
@@ -146,7 +158,8 @@ class Slots:
             out,
             x0_before=self._x0[live],
             grad=self._gradient(x_t, timestep, live, requests),
-            noise=self._draw(live, requests, rows),
+            noise=self._draw(live, requests, rows[:, _NOISE_SCALE], NOISE),
+            known=self._known(live, requests, rows),
         )
 
     def _call(
@@ -205,13 +218,24 @@ class Slots:
         y = torch.tensor([r.classifier_label for r in requests])
         return self._guidance.guide(x_t, timestep, y, torch.tensor(scales, dtype=torch.float32))[0]
 
-    def _draw(self, live: list[int], requests: list[Request], rows: np.ndarray) -> Tensor | None:
-        """Normals for the images whose row adds noise; the k-th executed step uses draw k + 1."""
-        needs = np.flatnonzero(rows[:, _NOISE_SCALE] != 0)
+    def _known(self, live: list[int], requests: list[Request], rows: np.ndarray) -> Known | None:
+        if all(r.known is None for r in requests):
+            return None
+        image, mask = torch.zeros(len(live), *self._shape), torch.ones(len(live), *self._shape)
+        for position, request in enumerate(requests):
+            if request.known is not None and request.mask is not None:
+                image[position], mask[position] = request.known, request.mask
+        scale = np.array([0.0 if r.known is None else row[_KNOWN_NOISE] for r, row in zip(requests, rows, strict=True)])
+        noise = self._draw(live, requests, scale, INPAINTING)
+        return Known(image, mask, torch.zeros_like(image) if noise is None else noise)
+
+    def _draw(self, live: list[int], requests: list[Request], scale: np.ndarray, stream: int) -> Tensor | None:
+        """Normals for the images whose scale is not 0; the k-th executed step uses draw k + 1."""
+        needs = np.flatnonzero(scale != 0)
         if not len(needs):
             return None
         seeds = [requests[i].seed for i in needs]
         draws = [int(self._row[live[i]]) + 1 for i in needs]
         z = torch.zeros(len(live), *self._shape)
-        z[needs] = torch.from_numpy(self._noise(seeds, draws, self._shape, NOISE))
+        z[needs] = torch.from_numpy(self._noise(seeds, draws, self._shape, stream))
         return z
