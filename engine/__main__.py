@@ -17,6 +17,7 @@ _EXAMPLES = """examples:
   python -m engine sample digits.engine -n 64 --steps 50 --sampler ddim --class 7 --seed 0 --out samples
   python -m engine sample digits.engine -n 100 --per-class --grid digits.png --enlarge 4
   python -m engine sample digits.engine -n 500 --sampler ddpm --steps 250 --format npz --out samples
+  python -m engine sample digits.engine -n 100 --per-class --sampler dpmpp --steps 20 --cfg-scale 3 --out guided
   python -m engine sample digits.engine -n 16 --classifier classifier.pt --classifier-fact num_head_channels=32 \\
       --guidance-scale 2 --out guided
   python -m engine info digits.engine --verify

@@ -239,6 +239,7 @@ def made(verb: str, *arguments: Any, config: UNetConfig = PLAIN, **options: Any)
     return getattr(Sampler(Elementwise(config)), verb)(*arguments, **({"steps": 2} | options))
 
 
+SELF_CONDITIONED = adm_unet(mult=(1,), size=(4, 4), super_resolution=True)
 NO_NULL = dataclasses.replace(LABELLED, null_class=None)
 REFUSALS = {
     "n is 1; expected 2 or more images to interpolate": lambda: made("interpolate", 0, 1, 1),
@@ -257,7 +258,7 @@ REFUSALS = {
     r"mask has shape \(3,\); expected one for \(3, 1, 4, 4\)": lambda: made("inpaint", pictures(), torch.ones(3)),
     r"mask holds values outside 0 \(kept\) to 1 \(made\)": lambda: made("inpaint", pictures(), torch.full((4, 4), 2.0)),
     "the bound takes each step by itself": lambda: made(
-        "nll", pictures(), config=dataclasses.replace(PLAIN, self_condition=True, cond_channels=1)
+        "nll", pictures(), config=dataclasses.replace(SELF_CONDITIONED, self_condition=True)
     ),
     "a known image and its mask belong together": lambda: Slots(Elementwise(PLAIN), 1).enter(
         0, Request(0, Sampler(Elementwise(PLAIN)).table(2, "ddim"), 0, known=pictures()[0])
