@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.config import ClassifierConfig, UNetConfig
+from engine.config import ClassifierConfig, LabelInput, UNetConfig
 from engine.errors import RequestError
 
 Interval = tuple[float, float]
@@ -103,7 +103,7 @@ def guided_out(with_label: Tensor, without_label: Tensor, cfg: ClassifierFreeGui
 
 def require_null_class(config: UNetConfig) -> int:
     """The label that means none; raises RequestError for a network that has none."""
-    if config.null_class is None:
+    if config.null_class is None or config.label is not LabelInput.TABLE:
         raise RequestError(
             "classifier-free guidance needs a label that means none, and this checkpoint names none; leave cfg_scale "
             "out, or export the checkpoint with --null-class"

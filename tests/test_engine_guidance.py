@@ -12,6 +12,7 @@ from test_engine_sampler import LABELLED, PLAIN, SAMPLERS, CountingGuide, Elemen
 from torch import Tensor
 
 from engine.backends.eager import EagerBackend
+from engine.config import LabelInput
 from engine.errors import RequestError
 from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance, guided_out
 from engine.sampler import Request, Sampler, Slots
@@ -192,6 +193,9 @@ REFUSALS = {
     "needs a label that means none, and this checkpoint names none; leave cfg_scale": lambda: Sampler(
         Elementwise(dataclasses.replace(LABELLED, null_class=None))
     ).sample(1, steps=1, cfg_scale=2.0),
+    "classifier-free guidance needs a label": lambda: Sampler(
+        Elementwise(dataclasses.replace(LABELLED, label=LabelInput.VECTOR))
+    ).sample(1, steps=1, cfg_scale=2.0, labels=[[0.0] * LABELLED.time_channels]),
     "needs a label that means none": lambda: Slots(Elementwise(PLAIN), 1).enter(
         0, Request(0, Sampler(Elementwise(PLAIN)).table(2, "ddim"), 0, cfg=ClassifierFreeGuidance(2.0))
     ),
