@@ -23,17 +23,18 @@ from engine.errors import (  # noqa: E402
     UNetRTError,
     UnknownFamilyError,
 )
-from engine.guidance import ClassifierGuidance  # noqa: E402
+from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance  # noqa: E402
 from engine.noise import RecordedNoise  # noqa: E402
 from engine.sampler import Sampler  # noqa: E402
 from engine.schedule import NoiseSchedule  # noqa: E402
-from engine.solvers import ddim_table, ddpm_table  # noqa: E402
+from engine.solvers import ddim_table, ddpm_table, dpmpp_table  # noqa: E402
 
 __all__ = [
     "BackendError",
     "BundleError",
     "Checkpoint",
     "CheckpointError",
+    "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "ConfigError",
     "ExportError",
@@ -48,6 +49,7 @@ __all__ = [
     "UnknownFamilyError",
     "ddim_table",
     "ddpm_table",
+    "dpmpp_table",
     "load_checkpoint",
     "open_backend",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ _EXAMPLES = """examples:
   python -m engine sample digits.engine -n 100 --per-class --grid digits.png --enlarge 4
   python -m engine sample digits.engine -n 500 --sampler ddpm --steps 250 --format npz --out samples
   python -m engine sample digits.engine -n 50000 --per-class --out samples --merge     # again, to resume
+  python -m engine sample digits.engine -n 100 --per-class --sampler dpmpp --steps 20 --cfg-scale 3 --out guided
   python -m engine sample digits.engine -n 16 --classifier classifier.pt --classifier-fact num_head_channels=32 \\
       --guidance-scale 2 --out guided
   python -m engine info digits.engine --verify
@@ -42,7 +44,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="folder that export.to_onnx or export.to_trt made")
     parser.add_argument("-n", type=int, default=16, help="number of images (default 16)")
     parser.add_argument("--steps", default="50", help='number of steps, or a respacing such as "10,10,10" or "ddim50"')
-    parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="default ddim")
+    parser.add_argument("--sampler", choices=("ddim", "ddpm", "dpmpp"), default="ddim", help="default ddim")
     parser.add_argument("--eta", type=float, default=0.0, help="DDIM stochasticity, 0 to 1 (default 0)")
     parser.add_argument("--variance", choices=("fixed_small", "fixed_large", "learned_range"), help="of a DDPM step")
     labels = parser.add_mutually_exclusive_group()
@@ -76,6 +78,15 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--guidance-scale",
         type=float,
         help="classifier gradient scale, by the bundle's classifier unless --classifier is given (then default 1)",
+    )
+    parser.add_argument("--cfg-scale", type=float, default=1.0, help="classifier-free guidance (default 1: none)")
+    parser.add_argument(
+        "--cfg-interval",
+        type=float,
+        nargs=2,
+        metavar=("FIRST", "LAST"),
+        default=(-math.inf, math.inf),
+        help="training timesteps with classifier-free guidance (default: all)",
     )
     parser.add_argument(
         "--classifier-fact", action="append", default=[], metavar="NAME=VALUE", help="a fact its file does not hold"

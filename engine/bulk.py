@@ -7,6 +7,7 @@ resume with anything else is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -25,7 +26,7 @@ import torch
 
 from engine.errors import OutputError, RequestError
 from engine.files import atomic_path, make_folder
-from engine.guidance import ClassifierGuidance
+from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from engine.images import Bytes, to_uint8
 from engine.prediction import Variance
 from engine.sampler import Request, Sampler
@@ -47,7 +48,7 @@ class BulkPlan:
     from each seed, a number is the class of all, of a tuple image i takes entry i mod its length, so that the tuple
     of all classes balances them in any row of shards. shard_size: images a shard. batch_size: images in progress at a
     time. file_format: "npz" or "png". threads: what the backend was opened with. classifier_sha256: of the guiding
-    classifier's file. Raises RequestError for impossible values.
+    classifier's file. cfg: classifier-free guidance. Raises RequestError for impossible values.
     """
 
     n: int
@@ -62,6 +63,7 @@ class BulkPlan:
     file_format: str = "npz"
     threads: int | None = None
     classifier_sha256: str | None = None
+    cfg: ClassifierFreeGuidance = ClassifierFreeGuidance()
 
     def __post_init__(self) -> None:
         for name in ("n", "shard_size", "batch_size"):
@@ -166,7 +168,9 @@ class _Job:
         """The requests of a shard, numbered from 0."""
         images = self._plan.images_of(number)
         labels, seed = self._plan.labels_of(images), self._plan.seed + images.start
-        return self._sampler.requests(len(images), self._table, labels, seed, guidance=self._guidance)
+        return self._sampler.requests(
+            len(images), self._table, labels, seed, guidance=self._guidance, cfg_scale=self._plan.cfg
+        )
 
     def shard(self, number: int, requests: list[Request]) -> Shard:
         start = self._plan.images_of(number).start
@@ -250,6 +254,8 @@ def _describe(
         "seeds": {"first": plan.seed, "last": plan.seed + plan.n - 1},
         "labels": _labels_rule(plan, sampler, guidance),
         "guidance": _guidance(plan, guidance),
+        # As text, because an interval may be infinite, which JSON has no number for.
+        "classifier_free_guidance": {k: str(v) for k, v in dataclasses.asdict(plan.cfg).items()},
         "shard_size": plan.shard_size,
         "batch_size": plan.batch_size,
         "format": plan.file_format,

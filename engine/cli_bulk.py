@@ -9,9 +9,10 @@ import time
 from typing import Any
 
 from engine.bulk import BulkPlan, BulkResult, generate, merge
+from engine.bundle import CLASSIFIER_NAME
 from engine.checkpoint import file_sha256
 from engine.errors import RequestError
-from engine.guidance import ClassifierGuidance
+from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from engine.prediction import Variance
 from engine.sampler import Sampler
 
@@ -45,6 +46,7 @@ def sample_in_bulk(
     args: argparse.Namespace,
     sampler: Sampler,
     guidance: ClassifierGuidance | None,
+    cfg: ClassifierFreeGuidance,
     labels: int | tuple[int, ...] | None,
 ) -> None:
     """Make the shards that --out does not hold yet, join them where asked, and say what was done."""
@@ -60,7 +62,8 @@ def sample_in_bulk(
         batch_size=args.batch_size,
         file_format=args.format or "npz",
         threads=args.threads,
-        classifier_sha256=None if guidance is None else file_sha256(args.classifier),
+        classifier_sha256=None if guidance is None else _classifier_sha256(args, sampler),
+        cfg=cfg,
     )
     progress = _Progress(plan.n)
     try:
@@ -71,6 +74,13 @@ def sample_in_bulk(
         logger.warning("%s was damaged and was made again", name)
     merged = merge(sampler, plan, args.out, guidance) if args.merge else None
     _report(args, sampler, plan, result, progress.seconds, None if merged is None else str(merged))
+
+
+def _classifier_sha256(args: argparse.Namespace, sampler: Sampler) -> str:
+    """Of the classifier's file, or of the bundle's own graph."""
+    if args.classifier is not None:
+        return file_sha256(args.classifier)
+    return sampler.backend.manifest.files[CLASSIFIER_NAME].sha256
 
 
 class _Progress:

@@ -117,6 +117,8 @@ def _network_lines(config: UNetConfig | ClassifierConfig) -> list[str]:
 def _diffusion_lines(diffusion: Diffusion) -> list[str]:
     s = diffusion.schedule
     clip = "not limited" if diffusion.clip is None else f"limited to +-{diffusion.clip:g}"
+    if diffusion.percentile is not None:
+        clip += f" by dynamic thresholding at percentile {diffusion.percentile:g}"
     return [
         f"schedule     {len(s)} steps, beta {s.betas[0]:.3g} to {s.betas[-1]:.3g}, "
         f"last alphas_cumprod {s.alphas_cumprod[-1]:.3g}",

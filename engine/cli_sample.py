@@ -20,7 +20,7 @@ from engine.cli_bulk import is_bulk, sample_in_bulk
 from engine.errors import RequestError
 from engine.facts import facts_from_items
 from engine.files import atomic_path, make_folder
-from engine.guidance import ClassifierGuidance
+from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from engine.images import Bytes, grid, save_images, save_npz, save_png, to_uint8
 from engine.prediction import Variance
 from engine.sampler import Request, Sampler
@@ -44,11 +44,13 @@ def sample(args: argparse.Namespace) -> None:
     in_shards = is_bulk(args)
     sampler = Sampler.open(args.bundle, args.backend, args.precision, args.threads)
     guidance = _guidance(args, sampler)
+    cfg = ClassifierFreeGuidance(args.cfg_scale, interval=tuple(args.cfg_interval))
     if in_shards:
-        sample_in_bulk(args, sampler, guidance, _labels_in_turn(args, sampler, guidance))
+        sample_in_bulk(args, sampler, guidance, cfg, _labels_in_turn(args, sampler, guidance))
         return
     table = sampler.table(args.steps, args.sampler, args.eta, Variance(args.variance) if args.variance else None)
-    requests = sampler.requests(args.n, table, _labels(args, sampler, guidance), args.seed, guidance=guidance)
+    labels = _labels(args, sampler, guidance)
+    requests = sampler.requests(args.n, table, labels, args.seed, guidance=guidance, cfg_scale=cfg)
     if args.grid is not None:
         _columns(args, sampler, guidance)
         if args.enlarge < 1:

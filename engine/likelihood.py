@@ -14,6 +14,7 @@ from engine.errors import RequestError
 from engine.noise import NOISE, NoiseSource, normal
 from engine.prediction import Diffusion, log_variance_bounds, x0_coefficients
 from engine.solvers import Steps, visited_timesteps
+from kernels.reference import limit_x0
 
 _BITS = 1.0 / math.log(2.0)
 
@@ -82,7 +83,8 @@ def variational_bound(
     abar = schedule.alphas_cumprod
     a, b = x0_coefficients(schedule, process.prediction)
     lower, upper = log_variance_bounds(schedule, process.variance)
-    clip = process.clip if process.clip is not None else math.inf
+    clip = torch.full((batch, 1, 1, 1), process.clip if process.clip is not None else math.inf)
+    percentile = torch.full((batch, 1, 1, 1), process.percentile or 0.0)
     vb, x0_mse, eps_mse = [], [], []
     for k, t in enumerate(reversed(range(len(schedule)))):
         z = torch.from_numpy(noise(own_seeds, [k + 1] * batch, shape, NOISE))
@@ -90,7 +92,7 @@ def variational_bound(
         time = torch.full((batch,), float(schedule.timesteps[t] * process.timestep_scale))
         out = backend(x_t, time, labels, cond)
         mean_out, rest = out[:, : shape[0]], out[:, shape[0] :]
-        x0_hat = (a[t] * x_t + b[t] * mean_out).clamp(-clip, clip)
+        x0_hat = limit_x0(a[t] * x_t + b[t] * mean_out, clip, percentile)
         fraction = (rest + 1) / 2 if rest.shape[1] and lower[t] != upper[t] else torch.zeros_like(x0)
         log_var = lower[t] + fraction * (upper[t] - lower[t])
         p_x0, p_xt = schedule.posterior_mean_x0[t], schedule.posterior_mean_xt[t]

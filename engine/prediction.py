@@ -48,7 +48,8 @@ class Spacing(Enum):
 class Diffusion:
     """How a checkpoint's network is to be sampled.
 
-    clip: |x0| limit of the original's sampler, or None. timestep_scale: factor from training timestep to the
+    clip: |x0| limit of the original's sampler, or None. percentile: in (0, 1], of dynamic thresholding (Imagen), whose
+    limit then lies between 1 and clip; or None. timestep_scale: factor from training timestep to the
     network's input (1000 / T with rescale_timesteps). data_range: the original's image values; ours are [-1, 1].
     spacing, spacing_offset: the timesteps of a shorter run (the offset is added to LEADING ones). keeps_eps: DDIM
     takes the network's own eps beside a limited x0, rather than the eps that the limited x0 implies. strides: DDIM in
@@ -71,6 +72,13 @@ class Diffusion:
     ends_at_first: bool = False
     noises_last: bool = False
     log_snr: LogSnr | None = None
+    percentile: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.percentile is not None and not 0 < self.percentile <= 1:
+            raise ConfigError(f"the percentile of dynamic thresholding is {self.percentile}; expected 0 < p <= 1")
+        if self.percentile is not None and self.clip is not None and self.clip < 1:
+            raise ConfigError(f"dynamic thresholding has a largest limit of {self.clip}; expected 1 or more")
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -78,6 +86,7 @@ class Diffusion:
             "prediction": self.prediction.value,
             "variance": self.variance.value,
             "clip": self.clip,
+            "percentile": self.percentile,
             "timestep_scale": self.timestep_scale,
             "data_range": list(self.data_range),
             "spacing": self.spacing.value,
@@ -97,6 +106,7 @@ class Diffusion:
                 prediction=Prediction(data["prediction"]),
                 variance=Variance(data["variance"]),
                 clip=data["clip"],
+                percentile=data.get("percentile"),
                 timestep_scale=float(data["timestep_scale"]),
                 data_range=(float(data["data_range"][0]), float(data["data_range"][1])),
                 spacing=Spacing(data["spacing"]),

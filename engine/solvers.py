@@ -4,6 +4,7 @@
     x0     = x0 + H*grad
     var    = exp(L0 + f*(L1 - L0))            f = (v + 1)/2 for a learned-range network, else 0
     x_prev = P*x0 + Q*x_t + E*out + R*x0_before + G*var*grad + S*sqrt(var)*z
+    x_prev = m*x_prev + (1 - m)*(K*known + N*z')        where a part of the image is known
 
 A coefficient of 0 means that its operand is not used.
 """
@@ -36,14 +37,16 @@ from engine.schedule import Float64, NoiseSchedule, space_timesteps
 class StepTable:
     """One sampler: columns of [N] float64, row 0 the first step taken.
 
-    timestep: the network's time input. clip: |x0| limit, inf for none. The other columns are the coefficients in
-    the module's formulas.
+    timestep: the network's time input. clip: |x0| limit, inf for none. percentile: of dynamic thresholding, whose
+    largest limit is then clip; 0 for none. K, N: sqrt(abar) and sqrt(1 - abar) of the level that a row goes to. The
+    other columns are the coefficients in the module's formulas.
     """
 
     timestep: Float64
     A: Float64
     B: Float64
     clip: Float64
+    percentile: Float64
     P: Float64
     Q: Float64
     H: Float64
@@ -53,9 +56,18 @@ class StepTable:
     R: Float64
     G: Float64
     S: Float64
+    K: Float64
+    N: Float64
 
     def __len__(self) -> int:
         return len(self.timestep)
+
+    def last(self, count: int) -> StepTable:
+        """Its last `count` rows as a table: the first of them no longer has an x0 of a step before."""
+        kept = {name: getattr(self, name)[len(self) - count :].copy() for name in COLUMNS}
+        kept["P"][0] += kept["R"][0]
+        kept["R"][0] = 0.0
+        return StepTable(**kept)
 
     def to_array(self) -> Float64:
         """[N, number of columns] in the order of COLUMNS."""
@@ -135,6 +147,20 @@ def _at(
     return a[visited], b[visited]
 
 
+def _levels(abar: Float64) -> dict[str, Float64]:
+    """K and N of rows that go to alphas_cumprod abar."""
+    return {"K": np.sqrt(abar), "N": np.sqrt(1 - abar)}
+
+
+def starting_level(diffusion: Diffusion, table: StepTable) -> float:
+    """alphas_cumprod at which the first row of a table takes its x_t."""
+    time = float(table.timestep[0])
+    if diffusion.log_snr is not None:
+        return float(1 / (1 + np.exp(-time)))
+    index = np.searchsorted(diffusion.schedule.timesteps, round(time / diffusion.timestep_scale))
+    return float(diffusion.schedule.alphas_cumprod[index])
+
+
 def _common(diffusion: Diffusion, schedule: NoiseSchedule) -> dict[str, Float64]:
     """The columns every table shares, entry t at index t, and zeros for the others."""
     a, b = _at(diffusion, schedule, x0_coefficients)
@@ -145,6 +171,7 @@ def _common(diffusion: Diffusion, schedule: NoiseSchedule) -> dict[str, Float64]
         "A": a,
         "B": b,
         "clip": np.full(len(schedule), clip),
+        "percentile": np.full(len(schedule), diffusion.percentile or 0.0),
     }
 
 
@@ -182,6 +209,7 @@ def ddpm_table(diffusion: Diffusion, steps: Steps, variance: Variance | None = N
             "G": shift,
             "S": is_noisy,
         }
+        | _levels(schedule.alphas_cumprod_prev)
     )
 
 
@@ -201,7 +229,7 @@ def ddim_table(diffusion: Diffusion, steps: Steps, eta: float = 0.0) -> StepTabl
     if not (is_finite and eta >= 0 and np.all(sigma**2 <= 1 - previous + 1e-12)):
         raise RequestError(f"eta must lie between 0 and 1, got {eta}")
     towards_xt = np.sqrt(np.maximum(1 - previous - sigma**2, 0.0))
-    columns = _common(diffusion, schedule) | {"H": (1 - abar) / np.sqrt(abar), "S": sigma}
+    columns = _common(diffusion, schedule) | {"H": (1 - abar) / np.sqrt(abar), "S": sigma} | _levels(previous)
     if diffusion.keeps_eps:
         from_xt, from_out = _at(diffusion, schedule, eps_coefficients)
         columns |= {
@@ -244,4 +272,31 @@ def ddim_inversion_table(diffusion: Diffusion, steps: Steps) -> StepTable:
             "P": np.sqrt(following) - np.sqrt(1 - following) * np.sqrt(abar / (1 - abar)),
             "Q": np.sqrt(1 - following) / np.sqrt(1 - abar),
         }
+        | _levels(following)
     )
+
+
+def dpmpp_table(diffusion: Diffusion, steps: Steps) -> StepTable:
+    """DPM-Solver++(2M), deterministic, second order, one network call a step; Lu et al. (2022), algorithm 2.
+
+    With alpha = sqrt(abar), sigma = sqrt(1 - abar), lambda = log(alpha / sigma) and h = lambda' - lambda, ' being the
+    level that a row goes to, and r = h_before / h:
+
+        D      = (1 + 1 / (2 r)) x0 - 1 / (2 r) x0_before
+        x_prev = sigma' / sigma x_t + alpha' (1 - exp(-h)) D
+
+    The first row and the last, which goes to sigma 0, are of first order (D = x0), as in diffusers' midpoint solver.
+    A classifier's gradient moves x0 as in ddim_table. Raises RequestError for steps that do not fit.
+    """
+    diffusion = _sliced(diffusion, steps)
+    schedule = _visited(diffusion, steps)
+    abar = schedule.alphas_cumprod
+    half_log_snr = 0.5 * (np.log(abar) - np.log1p(-abar))
+    # Entry t goes from level t to level t - 1. Entry 0 goes to sigma 0, where h is infinite: all of x0, none of x_t.
+    towards_xt, towards_x0, before = np.zeros(len(abar)), np.ones(len(abar)), np.zeros(len(abar))
+    h = half_log_snr[:-1] - half_log_snr[1:]
+    towards_xt[1:] = np.sqrt((1 - abar[:-1]) / (1 - abar[1:]))
+    towards_x0[1:] = -np.sqrt(abar[:-1]) * np.expm1(-h)
+    before[1:-1] = towards_x0[1:-1] * h[:-1] / (2 * h[1:])
+    columns = {"H": (1 - abar) / np.sqrt(abar), "P": towards_x0 + before, "Q": towards_xt, "R": -before}
+    return _descending(_common(diffusion, schedule) | columns | _levels(np.append(1.0, abar[:-1])))

@@ -131,6 +131,7 @@ class Coefficients:
     A: Tensor
     B: Tensor
     clip: Tensor
+    percentile: Tensor
     H: Tensor
     L0: Tensor
     L1: Tensor
@@ -140,11 +141,47 @@ class Coefficients:
     R: Tensor
     G: Tensor
     S: Tensor
+    K: Tensor
+    N: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A part of the picture that is given: image, mask and noise [B, C, H, W]; mask is 1 where the picture is made.
+
+    Lugmayr et al., RePaint (2022), eq. 8.
+    """
+
+    image: Tensor
+    mask: Tensor
+    noise: Tensor
 
 
 def _term(coefficient: Tensor, operand: Tensor) -> Tensor:
     """coefficient * operand, and exactly 0 where the coefficient is 0, whatever the operand holds."""
     return torch.where(coefficient != 0, coefficient * operand, 0.0)
+
+
+def limit_x0(x0: Tensor, clip: Tensor, percentile: Tensor) -> Tensor:
+    """x0 [B, C, H, W] kept in a range; clip and percentile are [B, 1, 1, 1].
+
+    Where percentile is 0: clamp(x0, -clip, clip), clip inf for no limit. Elsewhere dynamic thresholding: with s the
+    quantile of an image's |x0| at percentile (in (0, 1], linear between elements), raised to 1 and cut at clip,
+    clamp(x0, -s, s) / s. Saharia et al., Imagen (2022), section 2.3; the cut is diffusers' sample_max_value.
+    """
+    fixed = torch.maximum(torch.minimum(x0, clip), -clip)
+    if not bool((percentile > 0).any()):
+        return fixed
+    magnitudes = x0.abs().flatten(1).sort(dim=1).values
+    # In float64, because a position among more than 2^24 / 100 elements has no exact fraction in float32.
+    position = percentile.reshape(-1, 1).double() * (magnitudes.shape[1] - 1)
+    low = position.floor().long()
+    high = (low + 1).clamp(max=magnitudes.shape[1] - 1)
+    quantile = torch.lerp(
+        magnitudes.gather(1, low).double(), magnitudes.gather(1, high).double(), position - low.double()
+    )
+    s = torch.minimum(quantile.to(x0.dtype).reshape(clip.shape).clamp(min=1.0), clip)
+    return torch.where(percentile > 0, torch.maximum(torch.minimum(x0, s), -s) / s, fixed)
 
 
 def solver_update(
@@ -154,32 +191,44 @@ def solver_update(
     x0_before: Tensor | None = None,
     grad: Tensor | None = None,
     noise: Tensor | None = None,
+    known: Known | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of any table-driven sampler: returns (x_prev, x0), each [B, C, H, W] float32.
 
-        x0     = clamp(A*x_t + B*out, -clip, clip) + H*grad
+        x0     = limit_x0(A*x_t + B*out, clip, percentile) + H*grad
         var    = exp(L0 + f*(L1 - L0)),  f = (v + 1)/2
         x_prev = P*x0 + Q*x_t + E*out + R*x0_before + G*var*grad + S*sqrt(var)*noise
+        x_prev = m*x_prev + (1 - m)*(K*image + N*z')      with a known image
 
     x_t, x0_before, grad, noise: [B, C, H, W] float32; None stands for an operand whose coefficients are all 0.
     out: [B, C, H, W], or [B, 2C, H, W] with v in the second half. Without v, f is 0.
     """
     channels = x_t.shape[1]
     mean_out = out[:, :channels]
-    x0 = _term(row.A, x_t) + _term(row.B, mean_out)
-    x0 = torch.maximum(torch.minimum(x0, row.clip), -row.clip)
+    x0 = limit_x0(_term(row.A, x_t) + _term(row.B, mean_out), row.clip, row.percentile)
     if grad is not None:
         x0 = x0 + _term(row.H, grad)
     x_prev = _term(row.P, x0) + _term(row.Q, x_t) + _term(row.E, mean_out)
     if x0_before is not None:
         x_prev = x_prev + _term(row.R, x0_before)
-    if grad is None and noise is None:
-        return x_prev, x0
+    if grad is not None or noise is not None:
+        x_prev = _with_variance(row, x_prev, out[:, channels:], grad, noise)
+    return x_prev if known is None else _kept(row, x_prev, known), x0
+
+
+def _with_variance(row: Coefficients, x_prev: Tensor, v: Tensor, grad: Tensor | None, noise: Tensor | None) -> Tensor:
+    """x_prev + G*var*grad + S*sqrt(var)*noise; v [B, 0 or C, H, W]."""
     log_var = row.L0
-    if out.shape[1] == 2 * channels:
-        log_var = log_var + _term(row.L1 - row.L0, (out[:, channels:] + 1) / 2)
+    if v.shape[1] == x_prev.shape[1]:
+        log_var = log_var + _term(row.L1 - row.L0, (v + 1) / 2)
     if grad is not None:
         x_prev = x_prev + _term(row.G, log_var.exp() * grad)
     if noise is not None:
         x_prev = x_prev + _term(row.S, (0.5 * log_var).exp() * noise)
-    return x_prev, x0
+    return x_prev
+
+
+def _kept(row: Coefficients, x_prev: Tensor, known: Known) -> Tensor:
+    there = _term(row.K, known.image) + _term(row.N, known.noise)
+    # Where the mask is 1 nothing of the known image may reach the result, nor of what it holds there.
+    return torch.where(known.mask == 1, x_prev, known.mask * x_prev + (1 - known.mask) * there)

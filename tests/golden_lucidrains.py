@@ -13,10 +13,10 @@ import torch
 from golden_cases import Case, Facts, Run, Runner, flatten, ignore, keep, run_slots, to_facts
 from torch import Tensor
 
-from engine.backends import Backend
 from engine.backends.eager import EagerBackend
 from engine.checkpoint import Checkpoint, load_checkpoint, read_file
 from engine.families.lucidrains import find_objective
+from engine.guidance import ClassifierFreeGuidance, guided_out, require_null_class
 from engine.noise import RecordedNoise
 from engine.prediction import Diffusion, Prediction, Variance
 from engine.sampler import Sampler
@@ -69,60 +69,19 @@ def _file(case: Case) -> Any:
     return case.folder / next(iter(case.data["files"]))
 
 
-class GuidedBackend:
-    """Classifier-free guidance as this project combines its two calls; the sampler sees one network.
-
-    scale, phi: strength, and how much of the result takes the standard deviation of the conditional call. Releases that
-    project keep `parallel` of the update's component along the conditional call.
-    """
-
-    def __init__(self, backend: EagerBackend, scale: float, phi: float, parallel: float) -> None:
-        self.manifest, self.device = backend.manifest, backend.device
-        self.name, self.precision = backend.name, backend.precision
-        self._backend, self._scale, self._phi, self._parallel = backend, scale, phi, parallel
-
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        return self.both(x_t, timestep, y, cond)[0]
-
-    def both(
-        self, x_t: Tensor, timestep: Tensor, y: Tensor | None, cond: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The guided result and that of the null class."""
-        assert y is not None
-        null_class = self.manifest.config.null_class
-        assert null_class is not None
-        with_class = self._backend(x_t, timestep, y, cond)
-        without = self._backend(x_t, timestep, torch.full_like(y, null_class), cond)
-        update = with_class - without
-        unit = torch.nn.functional.normalize(with_class.flatten(1).double(), dim=1)
-        along = (update.flatten(1).double() * unit).sum(1, keepdim=True) * unit
-        update = update - (1 - self._parallel) * along.reshape(update.shape).float()
-        guided = with_class + (self._scale - 1) * update
-        ratio = with_class.flatten(1).std(1) / guided.flatten(1).std(1)
-        return guided * (self._phi * ratio + 1 - self._phi)[:, None, None, None], without
-
-    def close(self) -> None:
-        self._backend.close()
-
-
-def _guided(run: Run, chosen: Checkpoint, kw: dict[str, Any], defaults: dict[str, float]) -> GuidedBackend:
+def _guidance(run: Run, kw: dict[str, Any], defaults: dict[str, float]) -> ClassifierFreeGuidance:
     settings = defaults | kw
     # 2.0.16 and later remove the parallel component unless told otherwise.
     removes = settings.get("remove_parallel_component", _version(run.case) >= (2, 0, 16))
     parallel = float(settings.get("keep_parallel_frac", 0.0)) if removes else 1.0
-    return GuidedBackend(
-        EagerBackend.from_checkpoint(chosen), float(settings["cond_scale"]), float(settings["rescaled_phi"]), parallel
-    )
+    return ClassifierFreeGuidance(float(settings["cond_scale"]), float(settings["rescaled_phi"]), parallel)
 
 
-def _backend(run: Run) -> Backend:
-    """What a sampler calls: guided where the network has classes, with the sampler's own defaults."""
-    chosen = checkpoint(run.case)
-    if "y" not in run.arrays():
-        return EagerBackend.from_checkpoint(chosen)
+def _sampling_guidance(run: Run) -> ClassifierFreeGuidance:
+    """The run's, with the sampler's own defaults."""
     is_late = _version(run.case) >= (1, 6, 3)
     defaults = {"cond_scale": 6.0, "rescaled_phi": 0.7} if is_late else {"cond_scale": 3.0, "rescaled_phi": 0.0}
-    return _guided(run, chosen, run.parameters.get("kw", {}), defaults)
+    return _guidance(run, run.parameters.get("kw", {}), defaults)
 
 
 def _forward(run: Run, a: dict[str, Tensor]) -> dict[str, Any]:
@@ -145,16 +104,22 @@ def _forward_cond_scale(run: Run, a: dict[str, Tensor]) -> dict[str, Any]:
     results = {}
     for name, kind in {"out": "ema", "out_raw": "raw"}.items():
         if name in a:
-            guided = _guided(run, checkpoint(run.case, kind), kw, {"rescaled_phi": 0.0})
-            results[name], results[name.replace("out", "out_null")] = guided.both(a["x"], a["t"].float(), a["y"])
+            unet, guidance = checkpoint(run.case, kind).unet(), _guidance(run, kw, {"rescaled_phi": 0.0})
+            null = torch.full_like(a["y"], require_null_class(unet.config))
+            with torch.inference_mode():
+                labelled, without = (unet(a["x"], a["t"].float(), y) for y in (a["y"], null))
+            pairs = zip(labelled, without, strict=True)
+            results[name] = torch.stack([guided_out(one, other, guidance, a["x"].shape[1]) for one, other in pairs])
+            results[name.replace("out", "out_null")] = without
     return {name: value for name, value in results.items() if name in a}
 
 
 def _sample(run: Run, a: dict[str, Tensor], table: StepTable, start: Tensor, z: Tensor) -> dict[str, Tensor]:
     """x after each step, [steps, N, C, H, W], and its last entry."""
-    backend = _backend(run)
+    backend = EagerBackend.from_checkpoint(checkpoint(run.case))
     n = len(start)
-    requests = Sampler(backend).requests(n, table, a["y"].tolist() if "y" in a else None, seeds=range(n))
+    options = {"labels": a["y"].tolist(), "cfg_scale": _sampling_guidance(run)} if "y" in a else {}
+    requests = Sampler(backend).requests(n, table, seeds=range(n), **options)
     traj, _ = run_slots(backend, requests, RecordedNoise(start.numpy(), z.numpy()))
     return {name: value for name, value in {"traj": traj, "sample": traj[-1]}.items() if name in a}
 

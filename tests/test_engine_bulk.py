@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -25,7 +26,8 @@ from engine import bulk, images, shards
 from engine.bulk import BulkPlan, BulkResult, generate, merge
 from engine.classifier import AutogradGuide
 from engine.errors import OutputError, RequestError
-from engine.guidance import ClassifierGuidance
+from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance
+from engine.images import to_uint8
 from engine.sampler import Sampler
 from engine.shards import Shard, merge_shards, read_shard, write_shard
 
@@ -598,3 +600,16 @@ def test_resumes_on_the_backends_of_a_graph(tmp_path, bundle):
             (out / f"shard-0000{number}.npz").unlink()
         assert generate(Sampler(backend(manifest, path, "fp32", 1)), PLAN, out) == BulkResult(made=6, kept=4)
         assert content(out) == expected
+
+
+def test_classifier_free_guidance_is_part_of_the_run(tmp_path):
+    bundle = write_bundle(tmp_path / "net.engine", adm_unet(num_classes=4, null_class=3))
+    sampler = Sampler.open(bundle, "eager")
+    plain = BulkPlan(n=4, steps=3, shard_size=2, batch_size=2, labels=1)
+    guided = dataclasses.replace(plain, cfg=ClassifierFreeGuidance(3.0))
+    generate(sampler, guided, tmp_path / "guided")
+    wanted = to_uint8(sampler.sample(2, steps=3, labels=1, cfg_scale=3.0, batch_size=2))
+    with np.load(tmp_path / "guided" / "shard-00000.npz") as shard:
+        assert np.array_equal(shard["arr_0"], wanted)
+    with pytest.raises(RequestError, match="classifier_free_guidance"):
+        generate(sampler, plain, tmp_path / "guided")

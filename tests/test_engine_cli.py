@@ -168,6 +168,7 @@ REFUSALS = {
     "batch_size is 0; expected 1 or more": ["--batch-size", "0", "--grid", "g/OUT"],
     "eta must lie between 0 and 1, got 7": ["--eta", "7", "--out", "OUT"],
     "eta belongs to ddim": ["--sampler", "ddpm", "--eta", "0.5", "--out", "OUT"],
+    "dpmpp adds no noise": ["--sampler", "dpmpp", "--eta", "0.5", "--out", "OUT"],
     "variance belongs to ddpm": ["--variance", "fixed_small", "--out", "OUT"],
     "no variance channels": ["--sampler", "ddpm", "--variance", "learned_range", "--out", "OUT"],
     "unknown backend 'fast'; known: auto": ["--backend", "fast", "--out", "OUT"],
@@ -355,3 +356,15 @@ def test_a_reader_that_goes_away():
     with logging_restored(), os.fdopen(write, "w") as pipe, contextlib.redirect_stdout(pipe):
         assert run_command(lambda _: print("text"), argparse.Namespace()) == 0
         print("more")
+
+
+def test_classifier_free_guidance(tmp_path, bundle):
+    def image(*extra: object) -> bytes:
+        path = tmp_path / "g.png"
+        assert sample(bundle, "-n", 1, "--class", 1, "--sampler", "dpmpp", "--grid", path, *extra).status == 0
+        return path.read_bytes()
+
+    plain = image()
+    assert image("--cfg-scale", 1) == plain
+    assert image("--cfg-scale", 40) != plain
+    assert image("--cfg-scale", 40, "--cfg-interval", -2, -1) == plain

@@ -75,6 +75,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "ddpm fixed_large": {"sampler": "ddpm", "variance": Variance.FIXED_LARGE},
     "ddim": {"sampler": "ddim"},
     "ddim eta": {"sampler": "ddim", "eta": 0.6},
+    "dpmpp": {"sampler": "dpmpp"},
 }
 
 
@@ -99,6 +100,7 @@ def test_a_seed_is_an_image_beside_other_requests():
     """Other tables, step counts, samplers, labels and guidance scales in the same batch change no bit."""
     sampler, guidance = Sampler(Elementwise(LABELLED)), ClassifierGuidance(CountingGuide(), 2.0)
     kinds = [("ddpm", 7, {}), ("ddim", 4, {}), ("ddim", 9, {"eta": 0.5}), ("ddpm", "ddim10", {}), ("ddim", 1, {})]
+    kinds += [("dpmpp", 6, {}), ("dpmpp", 3, {})]
     requests: list[Request] = []
     for kind, (name, steps, options) in enumerate(kinds):
         table = sampler.table(steps, name, **options)
@@ -365,12 +367,14 @@ REFUSALS = {
     r"seed is -1; expected an integer, 0 <= seed < 2\*\*64": lambda: sample(PLAIN, seed=-1),
     "seed is 18446744073709551616": lambda: sample(PLAIN, seed=2**64 - 1),
     "batch_size is 0; expected 1 or more": lambda: sample(PLAIN, batch_size=0),
-    "unknown sampler 'euler'; known: .*ddim, ddpm": lambda: sample(PLAIN, sampler="euler"),
+    "unknown sampler 'euler'; known: ddim, ddpm, dpmpp": lambda: sample(PLAIN, sampler="euler"),
     "eta belongs to ddim; ddpm has its own variance": lambda: sample(PLAIN, sampler="ddpm", eta=0.5),
     "variance belongs to ddpm; the noise of ddim is set by eta": lambda: sample(PLAIN, variance=Variance.FIXED_SMALL),
     "no variance channels; choose fixed_small or fixed_large": lambda: sample(
         PLAIN, sampler="ddpm", variance=Variance.LEARNED_RANGE
     ),
+    "dpmpp adds no noise; leave eta and variance out": lambda: sample(PLAIN, sampler="dpmpp", eta=0.5),
+    "dpmpp adds no noise; leave eta": lambda: sample(PLAIN, sampler="dpmpp", variance=Variance.FIXED_SMALL),
     "eta must lie between 0 and 1, got -1": lambda: sample(PLAIN, eta=-1),
     "cannot take 0 steps": lambda: sample(PLAIN, steps=0),
     "cannot take 101 steps": lambda: sample(PLAIN, steps=101),

@@ -12,11 +12,11 @@ from helpers import FLOAT64_PRODUCT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.errors import RequestError
+from engine.errors import ConfigError, RequestError
 from engine.prediction import Diffusion, Prediction, Variance
 from engine.schedule import NoiseSchedule, cosine_schedule, linear_schedule, space_timesteps
-from engine.solvers import COLUMNS, StepTable, ddim_inversion_table, ddim_table, ddpm_table
-from kernels.reference import Coefficients, solver_update
+from engine.solvers import COLUMNS, StepTable, ddim_inversion_table, ddim_table, ddpm_table, dpmpp_table
+from kernels.reference import Coefficients, limit_x0, solver_update
 
 T = 100
 SCHEDULES = {"linear": linear_schedule(T), "cosine": cosine_schedule(T)}
@@ -286,7 +286,7 @@ def made_row(**values: float) -> Coefficients:
 
 
 def test_update_formula_element_by_element():
-    """All thirteen columns at once, beside the same lines in Python floats."""
+    """Every coefficient at once, beside the same lines in Python floats."""
     c = {"A": 1.3, "B": -0.4, "clip": 0.8, "H": 0.3, "L0": -2.0, "L1": -1.0, "P": 0.6}
     c |= {"Q": 0.5, "E": 0.2, "R": -0.7, "G": 1.1, "S": 0.9}
     x_t, before, grad, noise = (some(1, 2, 3, 3, seed=i) for i in range(4))
@@ -343,6 +343,59 @@ def test_limit_acts_before_guidance():
         row, torch.tensor([-9.0, 0.5, 9.0]).reshape(1, 1, 1, 3), some(1, 1, 1, 3), grad=torch.full((1, 1, 1, 3), 0.25)
     )
     assert x0.flatten().tolist() == x_prev.flatten().tolist() == [-0.75, 0.75, 1.25]
+
+
+def imagens_limit(x0: np.ndarray, p: float, largest: float) -> np.ndarray:
+    """Saharia et al. (2022), figure A.10, for one image, with diffusers' largest limit."""
+    s = min(max(float(np.quantile(np.abs(x0), p)), 1.0), largest)
+    return np.clip(x0, -s, s) / s
+
+
+@pytest.mark.parametrize("p", [0.25, 0.6, 0.995, 1.0])
+@pytest.mark.parametrize("largest", [1.0, 1.7, math.inf])
+def test_dynamic_thresholding(p, largest):
+    """Each image by its own quantile, also one that lies below 1 and is left alone; beside an image that is clipped."""
+    x0 = some(4, 2, 5, 3).double() * torch.tensor([0.1, 2.0, 5.0, 5.0]).reshape(4, 1, 1, 1)
+    clip = torch.tensor([largest, largest, largest, 0.7], dtype=torch.float64).reshape(4, 1, 1, 1)
+    percentile = torch.tensor([p, p, p, 0.0]).reshape(4, 1, 1, 1)
+    got = limit_x0(x0, clip, percentile.double())
+    for i in range(3):
+        np.testing.assert_allclose(got[i], imagens_limit(x0[i].numpy(), p, largest), atol=1e-12)
+    assert torch.equal(got[0], x0[0])
+    assert torch.equal(got[3], x0[3].clamp(-0.7, 0.7))
+    for i in range(4):
+        assert torch.equal(limit_x0(x0[i : i + 1], clip[i : i + 1], percentile[i : i + 1]), got[i : i + 1])
+
+
+def test_dynamic_thresholding_in_the_update():
+    """The limit takes the place of the clip, before guidance."""
+    x_t, grad = 4 * some(1, 1, 4, 4), some(1, 1, 4, 4, seed=1)
+    row = made_row(A=1, P=1, H=0.5, percentile=0.8)
+    _, x0 = solver_update(row, x_t, torch.zeros_like(x_t), grad=grad)
+    expected = imagens_limit(x_t[0].numpy(), 0.8, math.inf) + 0.5 * grad[0].numpy()
+    np.testing.assert_allclose(x0[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [lambda d: ddim_table(d, 5), lambda d: ddpm_table(d, 5), lambda d: dpmpp_table(d, 5)])
+def test_the_checkpoints_percentile_is_a_column(make):
+    assert make(diffusion()).percentile.tolist() == [0.0] * 5
+    assert make(diffusion(clip=1.5, percentile=0.9)).percentile.tolist() == [0.9] * 5
+    assert make(diffusion(clip=1.5, percentile=0.9)).clip.tolist() == [1.5] * 5
+    again = Diffusion.from_dict(diffusion(clip=1.5, percentile=0.9).to_dict())
+    assert (again.clip, again.percentile) == (1.5, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"percentile": 0.0}, "the percentile of dynamic thresholding is 0.0; expected 0 < p <= 1"),
+        ({"percentile": 1.5}, "the percentile of dynamic thresholding is 1.5"),
+        ({"percentile": 0.9, "clip": 0.5}, "dynamic thresholding has a largest limit of 0.5; expected 1 or more"),
+    ],
+)
+def test_thresholds_out_of_range(values, message):
+    with pytest.raises(ConfigError, match=message):
+        diffusion(**values)
 
 
 def test_missing_operands_are_those_with_coefficients_of_0():

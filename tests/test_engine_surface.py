@@ -13,6 +13,7 @@ PUBLIC = {
     "BundleError",
     "Checkpoint",
     "CheckpointError",
+    "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "ConfigError",
     "ExportError",
@@ -27,6 +28,7 @@ PUBLIC = {
     "UnknownFamilyError",
     "ddim_table",
     "ddpm_table",
+    "dpmpp_table",
     "load_checkpoint",
     "open_backend",
 }

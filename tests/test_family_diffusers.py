@@ -179,6 +179,9 @@ def schedulers(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
         "prediction_type": some("epsilon", "sample", "v_prediction"),
         "clip_sample": some(True, False),
         "clip_sample_range": some(1.0, 1.5),
+        "thresholding": some(False, True),
+        "dynamic_thresholding_ratio": some(0.995, 0.6, 1.0),
+        "sample_max_value": some(1.0, 1.8, 50.0),
         "timestep_spacing": some("leading", "trailing", "linspace"),
         "steps_offset": some(0, 1),
     }
@@ -450,7 +453,14 @@ class TestConfig:
             ({"beta_schedule": "exp"}, "beta_schedule is 'exp'; expected one of linear, scaled_linear"),
             ({"prediction_type": "flow"}, "prediction_type is 'flow'; expected one of epsilon, sample, v_prediction"),
             ({"variance_type": "learned"}, "variance_type is 'learned'; expected one of fixed_small, fixed_small_log"),
-            ({"thresholding": True}, r"thresholding is True; expected false \(dynamic thresholding is not supported\)"),
+            (
+                {"thresholding": True, "dynamic_thresholding_ratio": 1.5},
+                "dynamic_thresholding_ratio is 1.5; expected a number above 0, at most 1",
+            ),
+            (
+                {"thresholding": True, "sample_max_value": 0.5},
+                "sample_max_value is 0.5; expected a number of at least 1",
+            ),
             ({"timestep_spacing": "even"}, "timestep_spacing is 'even'; expected one of leading, trailing, linspace"),
             ({"trained_betas": [0.1, 0.2]}, "trained_betas holds 2 numbers and num_train_timesteps is 1000"),
             ({"trained_betas": ["a"]}, r"trained_betas is \['a'\]; expected null or a list of numbers"),

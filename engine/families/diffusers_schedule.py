@@ -33,21 +33,18 @@ def read_scheduler(options: Options, assume: Assumptions, has_range: bool) -> Di
     Raises CheckpointError for another scheduler, an unsupported value or a fact of the user that contradicts the file.
     """
     options.choice("_class_name", "DDPMScheduler", _CLASSES)
-    if options.flag("thresholding", False):
-        raise options.wrong("thresholding", "false (dynamic thresholding is not supported)")
     name = options.choice("variance_type", "learned_range" if has_range else "fixed_small", _VARIANCES)
     if (name == "learned_range") is not has_range:
         wanted = "learned_range" if has_range else "another value"
         raise options.wrong("variance_type", f"{wanted}: the network has {'' if has_range else 'no '}variance channels")
-    clips = options.flag("clip_sample", True)
-    limit = options.number("clip_sample_range", 1.0)
+    limit, percentile = _limit(options)
     schedule = NoiseSchedule(_betas(options))
     prediction = _prediction(options)
     said = {
         "num_train_timesteps": len(schedule),
         "prediction": prediction.value,
         "variance": _VARIANCES[name].value,
-        "clip_denoised": clips,
+        "clip_denoised": limit is not None,
     }
     for fact, stored in said.items():
         given = assume.given(fact)
@@ -60,7 +57,8 @@ def read_scheduler(options: Options, assume: Assumptions, has_range: bool) -> Di
         schedule,
         prediction,
         _VARIANCES[name],
-        clip=limit if clips else None,
+        clip=limit,
+        percentile=percentile,
         spacing=_SPACINGS[options.choice("timestep_spacing", "leading", _SPACINGS)],
         spacing_offset=options.take("steps_offset", 0, lambda v: v == 0 or is_count(v), "a whole number from 0 up"),
         keeps_eps=True,
@@ -68,6 +66,19 @@ def read_scheduler(options: Options, assume: Assumptions, has_range: bool) -> Di
         ends_at_first=not options.flag("set_alpha_to_one", True),
         noises_last=True,
     )
+
+
+def _limit(options: Options) -> tuple[float | None, float | None]:
+    """(clip, percentile) of Diffusion; with thresholding the clipping entries are not read, as in diffusers."""
+    clips, fixed = options.flag("clip_sample", True), options.number("clip_sample_range", 1.0)
+    if not options.flag("thresholding", False):
+        return (fixed if clips else None), None
+    ratio, largest = options.number("dynamic_thresholding_ratio", 0.995), options.number("sample_max_value", 1.0)
+    if not 0 < ratio <= 1:
+        raise options.wrong("dynamic_thresholding_ratio", "a number above 0, at most 1")
+    if largest < 1:
+        raise options.wrong("sample_max_value", "a number of at least 1")
+    return largest, ratio
 
 
 def assumed_scheduler(assume: Assumptions, has_range: bool) -> Diffusion:
