@@ -209,6 +209,8 @@ def test_sampler_is_the_library_s(scheduler, count, eta):
     x = mine = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
     for index in range(count):
         x, mine = step_both(theirs, table, index, x, mine, eta)
+        # Stretched to a zero terminal SNR, some of the library's own steps are 0 / 0.
+        assume(bool(x.isfinite().all()))
         torch.testing.assert_close(mine, x, rtol=FLOAT64_STEPS, atol=FLOAT64_STEPS)
 
 
