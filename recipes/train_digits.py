@@ -11,6 +11,8 @@ alphas_cumprod otherwise: an error in eps that the loss hardly sees is a grey ha
 weighted by the signal-to-noise ratio clipped to [1, 5], as in Salimans & Ho (2022), section 4, with the upper bound of
 Hang et al. (2023).
 
+--init FILE starts a new run (its own optimizer, warm-up and decay) from the weights of an earlier one.
+
 The network runs eagerly on purpose. With torch 2.13 on a CPU in bfloat16, torch.compile gave it a backward pass whose
 gradients for the whole way down were 0 (the forward pass was right), at the same speed.
 """
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.checkpoint import load_checkpoint
 from engine.likelihood import discretised_log_likelihood, gaussian_kl
 from engine.schedule import cosine_schedule
 from engine.unet import UNet
@@ -97,14 +100,26 @@ def trim_log(path: Path, iteration: int) -> None:
         path.write_text("".join(line for line in lines if int(line.split(",")[0]) <= iteration))
 
 
-def train(work: Path, total: int) -> None:
+def initial_weights(model: UNet, init: Path | None) -> None:
+    """Fresh weights, or those of a file that an earlier run wrote."""
+    if init is None:
+        init_weights(model)
+        return
+    earlier = load_checkpoint(
+        init, family="openai-guided", image_size=(32, 32), num_head_channels=32, noise_schedule="cosine",
+        prediction="x0", null_class=10,
+    )  # fmt: skip
+    model.load_state_dict(dict(earlier.weights))
+
+
+def train(work: Path, total: int, init: Path | None) -> None:
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     data = load_split()["train"]
     config = digits_unet()
     model = UNet(config)
-    init_weights(model)
+    initial_weights(model, init)
     ema = {k: v.clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=1e-3)
     start, generator = 0, torch.Generator().manual_seed(1)
@@ -156,8 +171,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the shipped digits diffusion model.")
     parser.add_argument("--work", type=Path, default=Path("runs/digits"), help="folder of state, log and result")
     parser.add_argument("--iterations", type=int, default=6000, help="length of the whole run, resumed parts included")
+    parser.add_argument("--init", type=Path, help="start from these weights where the folder has no state yet")
     args = parser.parse_args()
-    train(args.work, args.iterations)
+    train(args.work, args.iterations, args.init)
 
 
 if __name__ == "__main__":
