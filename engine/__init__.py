@@ -27,7 +27,7 @@ from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance  # noqa: 
 from engine.noise import RecordedNoise  # noqa: E402
 from engine.sampler import Sampler  # noqa: E402
 from engine.schedule import NoiseSchedule  # noqa: E402
-from engine.solvers import ddim_table, ddpm_table, dpmpp_table  # noqa: E402
+from engine.solvers import ddim_table, ddpm_table, dpmpp_table, plms_table  # noqa: E402
 
 __all__ = [
     "BackendError",
@@ -52,4 +52,5 @@ __all__ = [
     "dpmpp_table",
     "load_checkpoint",
     "open_backend",
+    "plms_table",
 ]

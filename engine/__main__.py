@@ -44,7 +44,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="folder that export.to_onnx or export.to_trt made")
     parser.add_argument("-n", type=int, default=16, help="number of images (default 16)")
     parser.add_argument("--steps", default="50", help='number of steps, or a respacing such as "10,10,10" or "ddim50"')
-    parser.add_argument("--sampler", choices=("ddim", "ddpm", "dpmpp"), default="ddim", help="default ddim")
+    parser.add_argument("--sampler", choices=("ddim", "ddpm", "dpmpp", "plms"), default="ddim", help="default ddim")
     parser.add_argument("--eta", type=float, default=0.0, help="DDIM stochasticity, 0 to 1 (default 0)")
     parser.add_argument("--variance", choices=("fixed_small", "fixed_large", "learned_range"), help="of a DDPM step")
     labels = parser.add_mutually_exclusive_group()

@@ -63,14 +63,16 @@ class ClassifierFreeGuidance:
     scale: 1 is the labelled network alone, without a second call; 0 the unlabelled one. rescale: Lin et al., Common
     diffusion noise schedules (2023), eq. 15 and 16. parallel: Sadat et al., Eliminating oversaturation (2024), eq. 8.
     interval: training timesteps (log-SNR in continuous time) at which it acts, ends included (Kynkaanniemi et al.,
-    Applying guidance in a limited interval, 2024). Sums run over one image. Raises RequestError for values out of
-    range.
+    Applying guidance in a limited interval, 2024). plus_plus: a DDIM step goes to the x0 of the guided out along the
+    eps of the unlabelled one (Chung et al., CFG++, 2024, algorithm 2). Sums run over one image. Raises RequestError
+    for values out of range.
     """
 
     scale: float = 1.0
     rescale: float = 0.0
     parallel: float = 1.0
     interval: Interval = EVERYWHERE
+    plus_plus: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
@@ -81,6 +83,11 @@ class ClassifierFreeGuidance:
                 "from 0 to 1"
             )
         _check_interval(self.interval)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it changes anything, and so needs the unlabelled result too."""
+        return self.scale != 1 or self.plus_plus
 
 
 def guided_out(with_label: Tensor, without_label: Tensor, cfg: ClassifierFreeGuidance, channels: int) -> Tensor:

@@ -52,7 +52,7 @@ def make_requests(
     if not math.isfinite(scale):
         raise RequestError(f"the guidance scale is {scale}; expected a finite number")
     cfg = cfg_scale if isinstance(cfg_scale, ClassifierFreeGuidance) else ClassifierFreeGuidance(cfg_scale)
-    if cfg.scale != 1:
+    if cfg.is_active:
         require_null_class(config)
     is_labelled = config.num_classes is not None
     return [
@@ -64,7 +64,7 @@ def make_requests(
             classes[i],
             scale,
             cond=conds[i],
-            cfg=cfg if cfg.scale != 1 else None,
+            cfg=cfg if cfg.is_active else None,
         )
         for i in range(n)
     ]

@@ -18,7 +18,8 @@ from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from engine.likelihood import variational_bound
 from engine.noise import NOISE, NoiseSource, normal
 from engine.plans import Options, Plan, Preview, Progress, deterministic, great_circle, previews
-from engine.prediction import Variance
+from engine.prediction import Diffusion, Variance
+from engine.repaint import with_jumps
 from engine.requests import Labels, make_requests, resize_condition
 from engine.slots import Request, Slots, Step, label_tensor
 from engine.solvers import (
@@ -28,6 +29,7 @@ from engine.solvers import (
     ddim_table,
     ddpm_table,
     dpmpp_table,
+    plms_table,
     starting_level,
 )
 
@@ -73,8 +75,8 @@ class Sampler:
         """n images, float32 [n, C, H, W] in [-1, 1].
 
         steps: how many (50), or a respacing string such as "10,10,10" or "ddim50". sampler: "ddim" (with eta),
-        "dpmpp" or "ddpm" (with variance, the checkpoint's own unless given). labels: one class for all, or [n]; None
-        draws one from each seed. seed: image i has seed + i; seeds: [n] instead. guidance: by a classifier.
+        "dpmpp", "plms" or "ddpm" (with variance, the checkpoint's own unless given). labels: one class for all, or
+        [n]; None draws one from each seed. seed: image i has seed + i; seeds: [n] instead. guidance: by a classifier.
         cfg_scale: of classifier-free guidance, out = without_label + cfg_scale (with_label - without_label), 1 for
         none; or a ClassifierFreeGuidance. cond: [n, Cc, h, w], resized bilinearly where it is smaller than the image.
         noise: a source to use instead of Philox, e.g. engine.noise.RecordedNoise. batch_size: images in progress at a
@@ -112,7 +114,7 @@ class Sampler:
             raise RequestError("interpolate has its two seeds; leave seed and seeds out")
         plan = self._plan(n, **(options | {"seeds": [first_seed] * n}))
         if plan.requests[0].table.S.any():
-            raise RequestError("images between two seeds need a sampler without noise: ddim with eta 0, or dpmpp")
+            raise RequestError("images between two seeds need a sampler without noise: ddim with eta 0, dpmpp or plms")
         ends = torch.from_numpy(plan.noise([first_seed, second_seed], [0, 0], self._shape, NOISE))
         weights = torch.linspace(0, 1, n, dtype=torch.float64).tolist()
         return self._finish(plan.starting_at([great_circle(ends[0], ends[1], w) for w in weights]))
@@ -126,7 +128,8 @@ class Sampler:
         """
         starts = self._images(images)
         plan = self._plan(len(starts), **self._unlabelled(deterministic(options, "encode")))
-        table = ddim_inversion_table(self.diffusion, options.get("steps", 50))
+        diffusion = self._diffusion(_is_plus_plus(options.get("cfg_scale", 1.0)))
+        table = ddim_inversion_table(diffusion, options.get("steps", 50))
         requests = [dataclasses.replace(r, table=table) for r in plan.requests]
         return self._raw(dataclasses.replace(plan, requests=requests).starting_at(starts))
 
@@ -155,12 +158,15 @@ class Sampler:
         starts = math.sqrt(abar) * known + math.sqrt(1 - abar) * z
         return self._finish(dataclasses.replace(plan, requests=requests).starting_at(starts))
 
-    def inpaint(self, images: Tensor, mask: Tensor, **options: Unpack[Options]) -> Tensor:
+    def inpaint(
+        self, images: Tensor, mask: Tensor, *, jump_length: int = 1, resamplings: int = 1, **options: Unpack[Options]
+    ) -> Tensor:
         """images [n, C, H, W] in [-1, 1] with the part where mask is 1 made anew, to fit the rest.
 
         mask: [H, W], [C, H, W], or [n, 1 or C, H, W] of numbers from 0 (kept) to 1 (made). Lugmayr et al., RePaint
-        (2022), eq. 8, without its jumps: after every step the kept part is the image, noised to that step's level.
-        Raises RequestError.
+        (2022), eq. 8: after every step the kept part is the image, noised to that step's level. resamplings: how often
+        each stretch of jump_length steps is done, with noise put back between (algorithm 1; 10 of length 10 in the
+        paper); 1 does it once. Raises RequestError, also for resamplings with a learned variance or with dpmpp or plms.
         """
         known = self._images(images)
         try:
@@ -170,7 +176,10 @@ class Sampler:
         if not bool(((whole >= 0) & (whole <= 1)).all()):
             raise RequestError("mask holds values outside 0 (kept) to 1 (made)")
         plan = self._plan(len(known), **options)
-        requests = [dataclasses.replace(r, known=known[r.index], mask=whole[r.index]) for r in plan.requests]
+        table = with_jumps(self.diffusion, plan.requests[0].table, jump_length, resamplings)
+        requests = [
+            dataclasses.replace(r, table=table, known=known[r.index], mask=whole[r.index]) for r in plan.requests
+        ]
         return self._finish(dataclasses.replace(plan, requests=requests))
 
     def nll(
@@ -205,8 +214,20 @@ class Sampler:
             totals.append(terms.total)
         return torch.cat(totals)
 
-    def table(self, steps: Steps, sampler: str, eta: float = 0.0, variance: Variance | None = None) -> StepTable:
-        """The table of a named sampler on this checkpoint's schedule; raises RequestError for an unknown name."""
+    def table(
+        self,
+        steps: Steps,
+        sampler: str,
+        eta: float = 0.0,
+        variance: Variance | None = None,
+        plus_plus: bool = False,
+    ) -> StepTable:
+        """The table of a named sampler on this checkpoint's schedule; raises RequestError for an unknown name.
+
+        plus_plus: for classifier-free guidance in the form of CFG++, which is one of ddim.
+        """
+        if plus_plus and sampler != "ddim":
+            raise RequestError(f"CFG++ goes along the unlabelled eps, which {sampler} does not; use ddim")
         if sampler == "ddpm":
             if eta:
                 raise RequestError("eta belongs to ddim; ddpm has its own variance")
@@ -214,12 +235,12 @@ class Sampler:
         if sampler == "ddim":
             if variance is not None:
                 raise RequestError("variance belongs to ddpm; the noise of ddim is set by eta")
-            return ddim_table(self.diffusion, steps, eta)
-        if sampler == "dpmpp":
+            return ddim_table(self._diffusion(plus_plus), steps, eta)
+        if sampler in ("dpmpp", "plms"):
             if eta or variance is not None:
-                raise RequestError("dpmpp adds no noise; leave eta and variance out")
-            return dpmpp_table(self.diffusion, steps)
-        raise RequestError(f"unknown sampler {sampler!r}; known: ddim, ddpm, dpmpp")
+                raise RequestError(f"{sampler} adds no noise; leave eta and variance out")
+            return (dpmpp_table if sampler == "dpmpp" else plms_table)(self.diffusion, steps)
+        raise RequestError(f"unknown sampler {sampler!r}; known: ddim, ddpm, dpmpp, plms")
 
     def requests(
         self,
@@ -270,6 +291,10 @@ class Sampler:
     def _shape(self) -> tuple[int, int, int]:
         return (self.config.in_channels, *self.config.image_size)
 
+    def _diffusion(self, plus_plus: bool) -> Diffusion:
+        """The checkpoint's, for CFG++ with steps along an eps of their own."""
+        return dataclasses.replace(self.diffusion, keeps_eps=True) if plus_plus else self.diffusion
+
     def _plan(
         self,
         n: int,
@@ -287,7 +312,7 @@ class Sampler:
         noise: NoiseSource = normal,
         batch_size: int = 16,
     ) -> Plan:
-        table = self.table(steps, sampler, eta, variance)
+        table = self.table(steps, sampler, eta, variance, _is_plus_plus(cfg_scale))
         requests = self.requests(n, table, labels, seed, seeds, guidance, cond, cfg_scale)
         self._check_run(guidance, batch_size)
         return Plan(requests, guidance, noise, batch_size)
@@ -340,3 +365,7 @@ class Sampler:
                 f"the classifier reads {config.in_channels} channels of {config.image_size}, the network makes "
                 f"{self.config.in_channels} of {self.config.image_size}; use the classifier trained for it"
             )
+
+
+def _is_plus_plus(cfg: float | ClassifierFreeGuidance) -> bool:
+    return isinstance(cfg, ClassifierFreeGuidance) and cfg.plus_plus

@@ -17,12 +17,16 @@ from engine.config import LabelInput, UNetConfig
 from engine.errors import RequestError
 from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance, guided_out, is_within, require_null_class
 from engine.noise import INPAINTING, NOISE, NoiseSource, normal
+from engine.prediction import Prediction
 from engine.solvers import COLUMNS, StepTable
-from kernels.reference import Coefficients, Known, solver_update
+from kernels.reference import Coefficients, Known, limit_x0, solver_update
 
 _TIMESTEP = COLUMNS.index("timestep")
 _NOISE_SCALE = COLUMNS.index("S")
 _KNOWN_NOISE = COLUMNS.index("N")
+_PUSH = COLUMNS.index("push")
+_COEFFICIENTS = [name for name in COLUMNS if name not in ("timestep", "push")]
+_OLDER = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,6 +91,8 @@ class Slots:
         self._arrays: dict[int, np.ndarray] = {}
         self._x_t = torch.zeros(capacity, *self._shape)
         self._x0 = torch.zeros(capacity, *self._shape)
+        self._older: Tensor | None = None
+        self._prediction = backend.manifest.diffusion.prediction
         self._is_self_conditioned = config.self_condition
         has_cond = config.cond_channels > 0 and not config.self_condition
         self._cond = torch.zeros(capacity, config.cond_channels, *config.image_size) if has_cond else None
@@ -117,6 +123,8 @@ class Slots:
             raise RequestError("a known image and its mask belong together; give both or neither")
         if request.cfg is not None:
             require_null_class(self._backend.manifest.config)
+        if request.table.push.any() and self._older is None:
+            self._older = torch.zeros(_OLDER, *self._x_t.shape)
         key = id(request.table)
         self._tables[key] = request.table
         self._arrays.setdefault(key, request.table.to_array().astype(np.float32))
@@ -149,18 +157,47 @@ class Slots:
         if self._is_self_conditioned:
             # Chen et al., Analog bits (2022), section 3.2: the x0 of the step before, zeros at first.
             cond = self._x0[live]
-        out = self._call(x_t, timestep, label, cond, self._cfg_active(live, requests))
+        out, unlabelled = self._call(x_t, timestep, label, cond, self._cfg_active(live, requests))
         columns = torch.from_numpy(rows)[:, :, None, None, None]
-        named = {name: columns[:, i] for i, name in enumerate(COLUMNS) if i != _TIMESTEP}
-        return solver_update(
-            Coefficients(**named),
+        row = Coefficients(**{name: columns[:, COLUMNS.index(name)] for name in _COEFFICIENTS})
+        result = solver_update(
+            row,
             x_t,
             out,
             x0_before=self._x0[live],
             grad=self._gradient(x_t, timestep, live, requests),
             noise=self._draw(live, requests, rows[:, _NOISE_SCALE], NOISE),
             known=self._known(live, requests, rows),
+            older=None if self._older is None else self._older[:, live],
+            raw_out=self._raw_out(row, x_t, out, unlabelled),
         )
+        self._push(live, rows, out)
+        return result
+
+    def _push(self, live: list[int], rows: np.ndarray, out: Tensor) -> None:
+        """Keep the outs that later rows take as o1, o2 and o3."""
+        pushes = np.flatnonzero(rows[:, _PUSH])
+        if self._older is not None and len(pushes):
+            slots = [live[i] for i in pushes]
+            newest = out[None, pushes, : self._shape[0]]
+            self._older[:, slots] = torch.cat([newest, self._older[:-1, slots]])
+
+    def _raw_out(self, row: Coefficients, x_t: Tensor, out: Tensor, unlabelled: dict[int, Tensor]) -> Tensor | None:
+        """What E multiplies where it is not the out itself: with CFG++ the unlabelled one.
+
+        A network of x0 or v has its eps from a limited x0, so that limit is put back into its out.
+        """
+        if not unlabelled:
+            return None
+        raw = out[:, : self._shape[0]].clone()
+        for position, without in unlabelled.items():
+            raw[position] = without[: self._shape[0]]
+        if self._prediction is not Prediction.EPS:
+            where = list(unlabelled)
+            a, b = row.A[where], row.B[where]
+            x0 = limit_x0(a * x_t[where] + b * raw[where], row.clip[where], row.percentile[where])
+            raw[where] = (x0 - a * x_t[where]) / b
+        return raw
 
     def _call(
         self,
@@ -169,10 +206,11 @@ class Slots:
         label: Tensor | None,
         cond: Tensor | None,
         active: dict[int, ClassifierFreeGuidance],
-    ) -> Tensor:
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         """The network's result [B, C', H, W]; one batch of B + len(active), the active positions once more unlabelled.
 
-        active: position in the batch -> its classifier-free guidance.
+        With it, by position, the unlabelled result [C', H, W] of those with CFG++. active: position in the batch -> its
+        classifier-free guidance.
         """
         count = len(x_t)
         if active:
@@ -186,11 +224,12 @@ class Slots:
         sent = [None if value is None else value.to(self._backend.device) for value in (x_t, timestep, label, cond)]
         out = self._backend(sent[0], sent[1], sent[2], sent[3]).to(x_t.device)  # type: ignore[arg-type]
         if not active:
-            return out
+            return out, {}
         guided = out[:count].clone()
         for position, without, cfg in zip(active, out[count:], active.values(), strict=True):
             guided[position] = guided_out(out[position], without, cfg, x_t.shape[1])
-        return guided
+        pairs = zip(active.items(), out[count:], strict=True)
+        return guided, {position: without for (position, cfg), without in pairs if cfg.plus_plus}
 
     def _time(self, slot: int, request: Request) -> float:
         """The training timestep (in continuous time the log-SNR) of the row that a slot is at."""
@@ -202,7 +241,7 @@ class Slots:
             position: request.cfg
             for position, (slot, request) in enumerate(zip(live, requests, strict=True))
             if request.cfg is not None
-            and request.cfg.scale != 1
+            and request.cfg.is_active
             and is_within(self._time(slot, request), request.cfg.interval)
         }
 

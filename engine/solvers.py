@@ -3,10 +3,11 @@
     x0     = limit(A*x_t + B*out)
     x0     = x0 + H*grad
     var    = exp(L0 + f*(L1 - L0))            f = (v + 1)/2 for a learned-range network, else 0
-    x_prev = P*x0 + Q*x_t + E*out + R*x0_before + G*var*grad + S*sqrt(var)*z
+    x_prev = P*x0 + Q*x_t + E*out + R*x0_before + O1*o1 + O2*o2 + O3*o3 + G*var*grad + S*sqrt(var)*z
     x_prev = m*x_prev + (1 - m)*(K*known + N*z')        where a part of the image is known
 
-A coefficient of 0 means that its operand is not used.
+o1, o2 and o3 are the outs of earlier rows, newest first: a row with push adds its own. A coefficient of 0 means that
+its operand is not used.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ class StepTable:
     """One sampler: columns of [N] float64, row 0 the first step taken.
 
     timestep: the network's time input. clip: |x0| limit, inf for none. percentile: of dynamic thresholding, whose
-    largest limit is then clip; 0 for none. K, N: sqrt(abar) and sqrt(1 - abar) of the level that a row goes to. The
-    other columns are the coefficients in the module's formulas.
+    largest limit is then clip; 0 for none. K, N: sqrt(abar) and sqrt(1 - abar) of the level that a row goes to.
+    push: 1 where the row's out is kept for later rows, else 0. The other columns are the coefficients in the module's
+    formulas.
     """
 
     timestep: Float64
@@ -58,15 +60,28 @@ class StepTable:
     S: Float64
     K: Float64
     N: Float64
+    O1: Float64
+    O2: Float64
+    O3: Float64
+    push: Float64
 
     def __len__(self) -> int:
         return len(self.timestep)
 
     def last(self, count: int) -> StepTable:
-        """Its last `count` rows as a table: the first of them no longer has an x0 of a step before."""
+        """Its last `count` rows as a table: its first rows no longer have an x0 or outs of rows before.
+
+        What such a row took from before it takes from the oldest that it has.
+        """
         kept = {name: getattr(self, name)[len(self) - count :].copy() for name in COLUMNS}
         kept["P"][0] += kept["R"][0]
         kept["R"][0] = 0.0
+        pushed = 0
+        for row in range(min(count, 4)):
+            for age in range(3, pushed, -1):
+                kept[f"O{age - 1}" if age > 1 else "E"][row] += kept[f"O{age}"][row]
+                kept[f"O{age}"][row] = 0.0
+            pushed += int(kept["push"][row])
         return StepTable(**kept)
 
     def to_array(self) -> Float64:
@@ -266,14 +281,16 @@ def ddim_inversion_table(diffusion: Diffusion, steps: Steps) -> StepTable:
     diffusion = _sliced(diffusion, steps)
     schedule = _visited(diffusion, steps)
     abar, following = schedule.alphas_cumprod, schedule.alphas_cumprod_next
-    return StepTable(
-        **_common(diffusion, schedule)
-        | {
-            "P": np.sqrt(following) - np.sqrt(1 - following) * np.sqrt(abar / (1 - abar)),
-            "Q": np.sqrt(1 - following) / np.sqrt(1 - abar),
+    towards = np.sqrt(1 - following)
+    if diffusion.keeps_eps:
+        from_xt, from_out = _at(diffusion, schedule, eps_coefficients)
+        columns = {"P": np.sqrt(following), "Q": towards * from_xt, "E": towards * from_out}
+    else:
+        columns = {
+            "P": np.sqrt(following) - towards * np.sqrt(abar / (1 - abar)),
+            "Q": towards / np.sqrt(1 - abar),
         }
-        | _levels(following)
-    )
+    return StepTable(**_common(diffusion, schedule) | columns | _levels(following))
 
 
 def dpmpp_table(diffusion: Diffusion, steps: Steps) -> StepTable:
@@ -300,3 +317,46 @@ def dpmpp_table(diffusion: Diffusion, steps: Steps) -> StepTable:
     before[1:-1] = towards_x0[1:-1] * h[:-1] / (2 * h[1:])
     columns = {"H": (1 - abar) / np.sqrt(abar), "P": towards_x0 + before, "Q": towards_xt, "R": -before}
     return _descending(_common(diffusion, schedule) | columns | _levels(np.append(1.0, abar[:-1])))
+
+
+_ADAMS_BASHFORTH = np.array([[1, 0, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0], [55, -59, 37, -9]])
+_ADAMS_BASHFORTH[3] /= 24
+
+
+def plms_table(diffusion: Diffusion, steps: Steps) -> StepTable:
+    """PLMS: DDIM with eta 0 on a linear multistep mean of the last four outs; Liu et al., PNDM (2022), eq. 12.
+
+        x_prev = Q x_t + c (w0 out + w1 o1 + w2 o2 + w3 o3),    w of Adams and Bashforth, of rising order at the start
+
+    Q and c are those of the DDIM step from its out. The first step is two rows: a trial step, then one that puts the
+    mean of both ends' outs in place of the first: x_prev = x_trial + c/2 (out - o1). The weights act on the network's
+    own prediction, and x0 is not limited, as in diffusers' PNDM scheduler (skip_prk_steps) and latent-diffusion. N
+    steps are N + 1 calls. A classifier's gradient moves a step as it moves that of ddim_table, without a mean. Raises
+    RequestError for steps that do not fit.
+    """
+    diffusion = _sliced(diffusion, steps)
+    schedule = _visited(diffusion, steps)
+    abar, previous = schedule.alphas_cumprod, _ddim_targets(diffusion, schedule, steps)
+    from_xt, from_out = _at(diffusion, schedule, eps_coefficients)
+    from_eps = np.sqrt(1 - previous) - np.sqrt(previous / abar * (1 - abar))
+    columns = _common(diffusion, schedule) | _levels(previous)
+    columns |= {
+        "Q": np.sqrt(previous / abar) + from_eps * from_xt,
+        "E": from_eps * from_out,
+        "H": (1 - abar) / np.sqrt(abar),
+        "G": -from_eps * np.sqrt(1 - abar),
+    }
+    first = {name: values[::-1] for name, values in columns.items()}
+    # Row 1 is evaluated where the trial step arrived: at the second timestep, or at the only one.
+    rows = np.insert(np.arange(len(schedule)), 1, min(1, len(schedule) - 1))
+    kept = {name: values[rows] for name, values in first.items()}
+    step = kept["E"].copy()
+    weights = _ADAMS_BASHFORTH[np.clip(np.arange(len(rows)) - 1, 0, 3)]
+    for name, weight in zip(("E", "O1", "O2", "O3"), weights.T, strict=True):
+        kept[name] = step * weight
+    kept |= {"push": np.ones(len(rows))}
+    trial = step[0] / 2
+    for name, value in {"Q": 1.0, "E": trial, "O1": -trial, "O2": 0.0, "O3": 0.0, "G": 0.0, "push": 0.0}.items():
+        kept[name][1] = value
+    kept["K"][1], kept["N"][1] = kept["K"][0], kept["N"][0]
+    return StepTable(**kept)

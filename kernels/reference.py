@@ -143,6 +143,9 @@ class Coefficients:
     S: Tensor
     K: Tensor
     N: Tensor
+    O1: Tensor
+    O2: Tensor
+    O3: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,15 +195,18 @@ def solver_update(
     grad: Tensor | None = None,
     noise: Tensor | None = None,
     known: Known | None = None,
+    older: Tensor | None = None,
+    raw_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of any table-driven sampler: returns (x_prev, x0), each [B, C, H, W] float32.
 
         x0     = limit_x0(A*x_t + B*out, clip, percentile) + H*grad
         var    = exp(L0 + f*(L1 - L0)),  f = (v + 1)/2
-        x_prev = P*x0 + Q*x_t + E*out + R*x0_before + G*var*grad + S*sqrt(var)*noise
+        x_prev = P*x0 + Q*x_t + E*out + R*x0_before + O1*o1 + O2*o2 + O3*o3 + G*var*grad + S*sqrt(var)*noise
         x_prev = m*x_prev + (1 - m)*(K*image + N*z')      with a known image
 
-    x_t, x0_before, grad, noise: [B, C, H, W] float32; None stands for an operand whose coefficients are all 0.
+    older: o1, o2, o3 as [3, B, C, H, W]. raw_out: [B, C, H, W] that E multiplies instead of out, where given. x_t,
+    x0_before, grad, noise: [B, C, H, W] float32; None stands for an operand whose coefficients are all 0.
     out: [B, C, H, W], or [B, 2C, H, W] with v in the second half. Without v, f is 0.
     """
     channels = x_t.shape[1]
@@ -208,9 +214,11 @@ def solver_update(
     x0 = limit_x0(_term(row.A, x_t) + _term(row.B, mean_out), row.clip, row.percentile)
     if grad is not None:
         x0 = x0 + _term(row.H, grad)
-    x_prev = _term(row.P, x0) + _term(row.Q, x_t) + _term(row.E, mean_out)
+    x_prev = _term(row.P, x0) + _term(row.Q, x_t) + _term(row.E, mean_out if raw_out is None else raw_out)
     if x0_before is not None:
         x_prev = x_prev + _term(row.R, x0_before)
+    if older is not None:
+        x_prev = x_prev + _term(row.O1, older[0]) + _term(row.O2, older[1]) + _term(row.O3, older[2])
     if grad is not None or noise is not None:
         x_prev = _with_variance(row, x_prev, out[:, channels:], grad, noise)
     return x_prev if known is None else _kept(row, x_prev, known), x0

@@ -112,7 +112,7 @@ def initial_weights(model: UNet, init: Path | None) -> None:
     model.load_state_dict(dict(earlier.weights))
 
 
-def train(work: Path, total: int, init: Path | None) -> None:
+def train(work: Path, total: int, init: Path | None, is_bf16: bool) -> None:
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
@@ -140,7 +140,7 @@ def train(work: Path, total: int, init: Path | None) -> None:
         y = torch.where(torch.rand(BATCH, generator=generator) < LABEL_DROP, 10, data.labels[rows])
         t, eps = stratified_timesteps(BATCH, generator), torch.randn(x0.shape, generator=generator)
         x_t = diffusion.signal[t][:, None, None, None] * x0 + diffusion.noise[t][:, None, None, None] * eps
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
             out = model(x_t, t.float(), y)
         mse, bound = diffusion.losses(out, x0, x_t, t)
         optimizer.zero_grad(set_to_none=True)
@@ -172,8 +172,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/digits"), help="folder of state, log and result")
     parser.add_argument("--iterations", type=int, default=6000, help="length of the whole run, resumed parts included")
     parser.add_argument("--init", type=Path, help="start from these weights where the folder has no state yet")
+    parser.add_argument("--fp32", action="store_true", help="for a CPU without bfloat16 instructions")
     args = parser.parse_args()
-    train(args.work, args.iterations, args.init)
+    train(args.work, args.iterations, args.init, not args.fp32)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import re
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from golden_cases import Case, Facts, Run, Runner, flatten, ignore, keep, run_slots, to_facts
 from torch import Tensor
@@ -74,7 +73,14 @@ def _guidance(run: Run, kw: dict[str, Any], defaults: dict[str, float]) -> Class
     # 2.0.16 and later remove the parallel component unless told otherwise.
     removes = settings.get("remove_parallel_component", _version(run.case) >= (2, 0, 16))
     parallel = float(settings.get("keep_parallel_frac", 0.0)) if removes else 1.0
-    return ClassifierFreeGuidance(float(settings["cond_scale"]), float(settings["rescaled_phi"]), parallel)
+    return ClassifierFreeGuidance(
+        float(settings["cond_scale"]), float(settings["rescaled_phi"]), parallel, plus_plus=_is_plus_plus(run)
+    )
+
+
+def _is_plus_plus(run: Run) -> bool:
+    """CFG++, a form of DDIM alone: without an E column it changes nothing."""
+    return bool(run.case.data["config_from_user"].get("cfg_plus_plus"))
 
 
 def _sampling_guidance(run: Run) -> ClassifierFreeGuidance:
@@ -146,9 +152,9 @@ def _continuous(run: Run, a: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _ddim(run: Run, a: dict[str, Tensor]) -> dict[str, Any]:
-    if run.case.data["config_from_user"].get("cfg_plus_plus"):
-        pytest.skip("CFG++ takes the noise of the unguided call beside the guided x0; a row has one network result")
     diffusion = checkpoint(run.case).diffusion
+    if _is_plus_plus(run):
+        diffusion = dataclasses.replace(diffusion, keeps_eps=True)
     objective = run.case.data["config_from_user"].get("objective")
     if diffusion.variance is Variance.LEARNED_RANGE and objective:
         # Its DDIM, unlike its ancestral sampler, does go by the objective.

@@ -15,7 +15,10 @@ from engine.backends.eager import EagerBackend
 from engine.config import LabelInput
 from engine.errors import RequestError
 from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance, guided_out
+from engine.noise import normal
+from engine.prediction import Prediction, Variance
 from engine.sampler import Request, Sampler, Slots
+from engine.solvers import visited_timesteps
 
 NULL = LABELLED.null_class
 
@@ -168,8 +171,13 @@ def test_a_classifier_acts_in_its_interval_only(options):
     guided = {"guidance": ClassifierGuidance(guide, 2.0, (22, 55))}
     images = sampler.sample(2, steps=10, labels=1, **options, **guided)
     assert [scale for _, scale in guide.calls] == [[2.0, 2.0]] * 4
-    everywhere = sampler.sample(2, steps=10, labels=1, **options, guidance=ClassifierGuidance(guide, 2.0))
-    assert not torch.equal(images, everywhere)
+    table, always = sampler.table(10, **options), ClassifierGuidance(guide, 2.0)
+    raw = [
+        finished(sampler.run(sampler.requests(2, table, 1, guidance=chosen), chosen))
+        for chosen in (guided["guidance"], always)
+    ]
+    assert torch.equal(raw[0][0].clamp(-1, 1), images[0])
+    assert not torch.equal(raw[0][0], raw[1][0])
     nowhere = ClassifierGuidance(CountingGuide(), 2.0, (56, 65))
     plain = sampler.sample(2, steps=10, labels=1, **options, guidance=dataclasses.replace(nowhere, scale=0.0))
     assert torch.equal(sampler.sample(2, steps=10, labels=1, **options, guidance=nowhere), plain)
@@ -213,3 +221,59 @@ REFUSALS = {
 def test_refusals(message):
     with pytest.raises(RequestError, match=message):
         REFUSALS[message]()
+
+
+PREDICTIONS = {"eps": Prediction.EPS, "x0": Prediction.X0, "v": Prediction.V}
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+@pytest.mark.parametrize("prediction", PREDICTIONS.values(), ids=PREDICTIONS)
+def test_plus_plus_goes_along_the_unlabelled_eps(prediction, eta):
+    """CFG++'s lines written out: x0 of the guided out, eps of the unlabelled one (from its limited x0 for x0 and v)."""
+    config = adm_unet(mult=(1,), size=(4, 4), num_classes=11, null_class=10)
+    backend = Elementwise(config)
+    diffusion = dataclasses.replace(backend.manifest.diffusion, prediction=prediction, variance=Variance.FIXED_SMALL)
+    backend.manifest = dataclasses.replace(backend.manifest, diffusion=diffusion)
+    sampler, cfg = Sampler(backend), ClassifierFreeGuidance(0.6, plus_plus=True)
+    table = sampler.table(4, "ddim", eta, plus_plus=True)
+    steps = list(sampler.run(sampler.requests(1, table, 3, seed=5, cfg_scale=cfg)))
+    x = torch.from_numpy(normal([5], [0], (1, 4, 4))).double()
+    schedule = diffusion.schedule.respaced(visited_timesteps(diffusion, 4))
+    for row, (abar, previous) in enumerate(
+        zip(schedule.alphas_cumprod[::-1], schedule.alphas_cumprod_prev[::-1], strict=True)
+    ):
+        time = torch.tensor([table.timestep[row]], dtype=torch.float32)
+        labelled, without = (backend(x.float(), time, torch.tensor([y])).double() for y in (3, NULL))
+        guided = without + 0.6 * (labelled - without)
+        x0, null_x0 = (_to_x0(prediction, x, out, abar).clamp(-1, 1) for out in (guided, without))
+        eps = without if prediction is Prediction.EPS else (x - math.sqrt(abar) * null_x0) / math.sqrt(1 - abar)
+        sigma = eta * math.sqrt((1 - previous) / (1 - abar) * (1 - abar / previous))
+        x = math.sqrt(previous) * x0 + math.sqrt(1 - previous - sigma**2) * eps
+        if sigma:
+            x = x + sigma * torch.from_numpy(normal([5], [row + 1], (1, 4, 4)))
+        torch.testing.assert_close(steps[row].x_prev.double(), x[0], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(steps[row].x0.double(), x0[0], atol=2e-5, rtol=1e-5)
+    assert [len(t) for t in backend.timesteps[:4]] == [2] * 4
+
+
+def _to_x0(prediction: Prediction, x: Tensor, out: Tensor, abar: float) -> Tensor:
+    match prediction:
+        case Prediction.EPS:
+            return (x - math.sqrt(1 - abar) * out) / math.sqrt(abar)
+        case Prediction.V:
+            return math.sqrt(abar) * x - math.sqrt(1 - abar) * out
+        case _:
+            return out
+
+
+def test_plus_plus_beside_other_images_and_at_scale_1():
+    """It changes no batch mate, and also at scale 1 it takes its eps from the unlabelled call."""
+    sampler = Sampler(Elementwise(LABELLED))
+    cfg = ClassifierFreeGuidance(1.0, plus_plus=True)
+    images = sampler.sample(3, steps=4, labels=2, cfg_scale=cfg)
+    assert not torch.equal(images, sampler.sample(3, steps=4, labels=2))
+    table, plain = sampler.table(4, "ddim", plus_plus=True), sampler.table(4, "ddim")
+    one, other = sampler.requests(1, table, 2, cfg_scale=cfg)[0], sampler.requests(1, plain, 5, seed=9)[0]
+    both = finished(sampler.run([one, dataclasses.replace(other, index=1)]))
+    assert torch.equal(both[0].clamp(-1, 1), images[0])
+    assert torch.equal(both[1].clamp(-1, 1), sampler.sample(1, steps=4, labels=5, seed=9)[0])

@@ -19,7 +19,7 @@ from engine.backends.eager import EagerBackend
 from engine.classifier import AutogradGuide
 from engine.config import ClassifierConfig, UNetConfig
 from engine.errors import BackendError, RequestError
-from engine.guidance import ClassifierGuidance
+from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from engine.noise import RecordedNoise, normal, uniform
 from engine.prediction import Variance
 from engine.sampler import Request, Sampler, Slots
@@ -76,6 +76,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "ddim": {"sampler": "ddim"},
     "ddim eta": {"sampler": "ddim", "eta": 0.6},
     "dpmpp": {"sampler": "dpmpp"},
+    "plms": {"sampler": "plms"},
 }
 
 
@@ -86,7 +87,8 @@ def test_a_seed_is_an_image(options):
     whole = sampler.sample(8, steps=5, seed=40, batch_size=8, **options)
     assert whole.dtype == torch.float32
     assert whole.shape == (8, 1, 4, 4)
-    assert len({image.numpy().tobytes() for image in whole}) == 8
+    raw = finished(sampler.run(sampler.requests(8, sampler.table(5, **options), seed=40)))
+    assert len({image.numpy().tobytes() for image in raw.values()}) == 8
     for batch_size in (1, 3, 5, 16):
         assert torch.equal(sampler.sample(8, steps=5, seed=40, batch_size=batch_size, **options), whole)
     for i in (0, 3, 7):
@@ -100,7 +102,7 @@ def test_a_seed_is_an_image_beside_other_requests():
     """Other tables, step counts, samplers, labels and guidance scales in the same batch change no bit."""
     sampler, guidance = Sampler(Elementwise(LABELLED)), ClassifierGuidance(CountingGuide(), 2.0)
     kinds = [("ddpm", 7, {}), ("ddim", 4, {}), ("ddim", 9, {"eta": 0.5}), ("ddpm", "ddim10", {}), ("ddim", 1, {})]
-    kinds += [("dpmpp", 6, {}), ("dpmpp", 3, {})]
+    kinds += [("dpmpp", 6, {}), ("dpmpp", 3, {}), ("plms", 6, {})]
     requests: list[Request] = []
     for kind, (name, steps, options) in enumerate(kinds):
         table = sampler.table(steps, name, **options)
@@ -367,13 +369,17 @@ REFUSALS = {
     r"seed is -1; expected an integer, 0 <= seed < 2\*\*64": lambda: sample(PLAIN, seed=-1),
     "seed is 18446744073709551616": lambda: sample(PLAIN, seed=2**64 - 1),
     "batch_size is 0; expected 1 or more": lambda: sample(PLAIN, batch_size=0),
-    "unknown sampler 'euler'; known: ddim, ddpm, dpmpp": lambda: sample(PLAIN, sampler="euler"),
+    "unknown sampler 'euler'; known: ddim, ddpm, dpmpp, plms": lambda: sample(PLAIN, sampler="euler"),
     "eta belongs to ddim; ddpm has its own variance": lambda: sample(PLAIN, sampler="ddpm", eta=0.5),
     "variance belongs to ddpm; the noise of ddim is set by eta": lambda: sample(PLAIN, variance=Variance.FIXED_SMALL),
     "no variance channels; choose fixed_small or fixed_large": lambda: sample(
         PLAIN, sampler="ddpm", variance=Variance.LEARNED_RANGE
     ),
     "dpmpp adds no noise; leave eta and variance out": lambda: sample(PLAIN, sampler="dpmpp", eta=0.5),
+    "plms adds no noise; leave eta": lambda: sample(PLAIN, sampler="plms", eta=0.5),
+    "goes along the unlabelled eps, which dpmpp does not; use ddim": lambda: sample(
+        LABELLED, sampler="dpmpp", cfg_scale=ClassifierFreeGuidance(2.0, plus_plus=True)
+    ),
     "dpmpp adds no noise; leave eta": lambda: sample(PLAIN, sampler="dpmpp", variance=Variance.FIXED_SMALL),
     "eta must lie between 0 and 1, got -1": lambda: sample(PLAIN, eta=-1),
     "cannot take 0 steps": lambda: sample(PLAIN, steps=0),

@@ -232,15 +232,17 @@ def test_the_update_follows_the_exact_moments(kind):
     assert x.var().item() == pytest.approx(v, abs=5 * v * math.sqrt(2 / n))
 
 
+@pytest.mark.parametrize("keeps_eps", [False, True])
 @pytest.mark.parametrize("steps", [50, 200, 1000])
-def test_inversion_and_back(steps):
+def test_inversion_and_back(steps, keeps_eps):
     """Encoded and decoded with the ideal eps of N(0.3, 0.5^2), an image comes back; closer with more steps.
 
     The last row of the inversion, which goes to pure noise, has no counterpart in sampling and is left out.
     """
-    of = dataclasses.replace(diffusion(), schedule=linear_schedule(1000))
+    of = dataclasses.replace(diffusion(), schedule=linear_schedule(1000), keeps_eps=keeps_eps)
     abar = visited(of, steps).alphas_cumprod
     up, down = ddim_inversion_table(of, steps), ddim_table(of, steps)
+    assert up.E.any() == down.E.any() == keeps_eps
     start = np.linspace(-1, 1, 9)
     x = start.copy()
     for row in range(steps - 1):

@@ -31,6 +31,7 @@ PUBLIC = {
     "dpmpp_table",
     "load_checkpoint",
     "open_backend",
+    "plms_table",
 }
 
 

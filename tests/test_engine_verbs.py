@@ -49,15 +49,16 @@ class Gaussian(Elementwise):
 def test_stream_is_sample_step_by_step(options):
     sampler = Sampler(Elementwise(LABELLED))
     images = sampler.sample(3, steps=4, seed=7, **options)
+    rows = len(sampler.table(4, **options))
     seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for preview in sampler.stream(3, steps=4, seed=7, batch_size=2, **options):
         seen[preview.index].append(preview.step)
-        assert preview.steps == 4
+        assert preview.steps == rows
         assert preview.x0.abs().max() <= 1
-        assert (preview.image is None) == (preview.step < 4)
+        assert (preview.image is None) == (preview.step < rows)
         if preview.image is not None:
             assert torch.equal(preview.image, images[preview.index])
-    assert seen == {i: [1, 2, 3, 4] for i in range(3)}
+    assert seen == {i: list(range(1, rows + 1)) for i in range(3)}
 
 
 def test_stream_works_step_by_step():
@@ -75,7 +76,7 @@ def test_stream_works_step_by_step():
 def test_progressive_ends_in_sample(options):
     sampler = Sampler(Elementwise(LABELLED))
     progress = sampler.progressive(3, steps=4, seed=7, batch_size=2, **options)
-    assert progress.x.shape == progress.x0.shape == (3, 4, 1, 4, 4)
+    assert progress.x.shape == progress.x0.shape == (3, len(sampler.table(4, **options)), 1, 4, 4)
     assert torch.equal(progress.x[:, -1].clamp(-1, 1), sampler.sample(3, steps=4, seed=7, **options))
     for preview in sampler.stream(3, steps=4, seed=7, **options):
         assert torch.equal(progress.x0[preview.index, preview.step - 1].clamp(-1, 1), preview.x0)
@@ -244,7 +245,9 @@ NO_NULL = dataclasses.replace(LABELLED, null_class=None)
 REFUSALS = {
     "n is 1; expected 2 or more images to interpolate": lambda: made("interpolate", 0, 1, 1),
     "interpolate has its two seeds; leave seed and seeds out": lambda: made("interpolate", 0, 1, 3, seed=4),
-    "need a sampler without noise: ddim with eta 0, or dpmpp": lambda: made("interpolate", 0, 1, 3, sampler="ddpm"),
+    "need a sampler without noise: ddim with eta 0, dpmpp or plms": lambda: made(
+        "interpolate", 0, 1, 3, sampler="ddpm"
+    ),
     "encode is DDIM with eta 0; leave sampler and eta out": lambda: made("encode", pictures(), sampler="dpmpp"),
     "decode is DDIM with eta 0; leave sampler and eta out": lambda: made("decode", pictures(), eta=0.5),
     "this network needs labels, and none of them means none": lambda: made("encode", pictures(), config=NO_NULL),

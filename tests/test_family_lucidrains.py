@@ -27,6 +27,7 @@ from engine.continuous import LogSnr, MonotoneNet, time_slices
 from engine.errors import CheckpointError, ConfigError, RequestError
 from engine.families.lucidrains import find_objective
 from engine.families.lucidrains_layout import Release
+from engine.guidance import ClassifierFreeGuidance
 from engine.likelihood import variational_bound
 from engine.prediction import Diffusion, Prediction, Spacing, Variance
 from engine.sampler import Sampler
@@ -462,6 +463,29 @@ def test_self_conditioning_of_the_installed_package(peer: ModuleType, tmp_path: 
         2, steps=7, noise=lambda seeds, _draws, _shape, _stream=0: start[list(seeds)].numpy()
     )
     torch.testing.assert_close((images + 1) / 2, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["pred_noise", "pred_x0", "pred_v"])
+def test_plus_plus_of_the_installed_package(peer: ModuleType, tmp_path: Path, objective: str) -> None:
+    """CFG++ as its classifier-free sampler runs it, for each of the three things that a network may predict."""
+    network = {"dim": 4, "dim_mults": (1, 2), "channels": 1, "num_classes": 3}
+    arguments = {"image_size": 8, "timesteps": 30, "sampling_timesteps": 7, "objective": objective}
+    arguments |= {"use_cfg_plus_plus": True, "ddim_sampling_eta": 0.0}
+    _, averaged, path = make_peer(Drawn("classes", network, arguments, {}), 1, tmp_path)
+    classes, scale, rescale = torch.tensor([2, 0]), 1.7, 0.4
+    torch.manual_seed(6)
+    expected = averaged.ddim_sample(classes, (2, 1, 8, 8), cond_scale=scale, rescaled_phi=rescale)
+    torch.manual_seed(6)
+    start = torch.randn(2, 1, 8, 8)
+    checkpoint = load_checkpoint(path, image_size=8)
+    images = Sampler(EagerBackend.from_checkpoint(checkpoint)).sample(
+        2,
+        steps=7,
+        labels=classes.tolist(),
+        cfg_scale=ClassifierFreeGuidance(scale, rescale, parallel=0.0, plus_plus=True),
+        noise=lambda seeds, _draws, _shape, _stream=0: start[list(seeds)].numpy(),
+    )
+    torch.testing.assert_close((images + 1) / 2, expected.clamp(0, 1), rtol=0, atol=1e-4)
 
 
 def test_continuous_time_has_no_bound(peer: ModuleType, tmp_path: Path) -> None:
