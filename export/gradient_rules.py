@@ -196,8 +196,11 @@ def silu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 def softmax_backward(grad: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
     """d x of y = softmax(x): y * (grad - sum(grad * y)), in y's type, which is float32 throughout the engine."""
-    product = grad * y
-    return (product - y * product.sum(dim=dim, keepdim=True)).to(input_dtype)
+    product = (grad * y).movedim(dim, -1)
+    # As a product with ones: ONNX Runtime adds up a row in an order that depends on where it lies in memory, so that
+    # an image in a batch would differ in a bit from the same image alone.
+    total = (product @ product.new_ones(product.shape[-1], 1)).movedim(-1, dim)
+    return (grad * y - y * total).to(input_dtype)
 
 
 def _only_input(output_mask: Sequence[bool]) -> None:
