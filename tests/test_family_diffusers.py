@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -247,7 +248,8 @@ def step_both(
         noise = z if eta > 0 else None
         theirs = scheduler.step(out, int(timestep), x, eta=eta, variance_noise=noise).prev_sample
     row = torch.from_numpy(table.to_array())[index]
-    columns = {name: value.expand(2, 1, 1, 1) for name, value in zip(COLUMNS, row, strict=True) if name != "timestep"}
+    of_row = {name: value.expand(2, 1, 1, 1) for name, value in zip(COLUMNS, row, strict=True)}
+    columns = {field.name: of_row[field.name] for field in dataclasses.fields(Coefficients)}
     return theirs, solver_update(Coefficients(**columns), mine, out, noise=z)[0]
 
 
