@@ -84,7 +84,7 @@ def variational_bound(
     a, b = x0_coefficients(schedule, process.prediction)
     lower, upper = log_variance_bounds(schedule, process.variance)
     clip = torch.full((batch, 1, 1, 1), process.clip if process.clip is not None else math.inf)
-    percentile = torch.full((batch, 1, 1, 1), process.percentile or 0.0)
+    percentile = None if process.percentile is None else torch.full((batch, 1, 1, 1), process.percentile)
     vb, x0_mse, eps_mse = [], [], []
     for k, t in enumerate(reversed(range(len(schedule)))):
         z = torch.from_numpy(noise(own_seeds, [k + 1] * batch, shape, NOISE))
