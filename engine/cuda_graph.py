@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.backends import Backend
 from engine.bundle import Manifest
-from engine.device import CudaDevice, Device
+from engine.device import Device, cuda_device
 from engine.errors import BackendError, RequestError
 from engine.guidance import EVERYWHERE, ClassifierGuidance, Interval, require_null_class
 from engine.noise import NOISE, NoiseSource, normal
@@ -240,7 +240,7 @@ class SlotPool:
     That takes a backend and a guide that can be captured, and noise from engine.noise.normal.
     """
 
-    def __init__(self, backend: Backend, make_device: Callable[[], Device] = CudaDevice) -> None:
+    def __init__(self, backend: Backend, make_device: Callable[[], Device] = cuda_device) -> None:
         self._backend, self._make_device = backend, make_device
         self._device: Device | None = None
         self._idle: dict[tuple[int, Any, Interval], GraphSlots] = {}

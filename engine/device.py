@@ -5,6 +5,7 @@ CudaDevice is torch.cuda. CpuDevice runs the same programs at once, in order, on
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -169,6 +170,12 @@ class CudaDevice:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.kind)
+
+
+@functools.cache
+def cuda_device() -> CudaDevice:
+    """The process's one CudaDevice: whoever uses it is ordered on its main stream; BackendError without a GPU."""
+    return CudaDevice()
 
 
 def no_gpu(what: str) -> str:

@@ -28,7 +28,7 @@ from engine.step_program import Variant, is_capturable
 from kernels.philox import philox_normal
 
 # The step program and Slots multiply and add in the same order; a normal may be rounded to its neighbour (see
-# engine.noise). Classifier-free guidance with projection or rescaling sums a batch in another order than an image: an ulp of the sums.
+# engine.noise). Classifier-free guidance with projection or rescaling sums a batch in another order than an image.
 SAME = {"atol": 1e-6, "rtol": 1e-6}
 
 
