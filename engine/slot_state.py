@@ -40,8 +40,9 @@ _FLOATS = ("scale", "cfg_scale", "cfg_rescale", "cfg_parallel", "cfg_plus_plus")
 class SlotState:
     """Device memory of B slots; see the module. ints, floats: [5, B], of which the named ones are rows.
 
-    label: [B] int64, or [B, D] float32, of the network; class_label [B] int64 and scale of the classifier. cfg_*: of
-    classifier-free guidance. cond: [B, Cc, H, W] or None. known, mask: [B, C, H, W]; a mask of 1 keeps nothing.
+    label: [B] int64, or [B] or [B, D] float32, of the network; class_label [B] int64 and scale of the classifier.
+    cfg_*: of classifier-free guidance. cond: [B, Cc, H, W] or None. known, mask: [B, C, H, W]; a mask of 1 keeps
+    nothing.
     """
 
     arena: Tensor
@@ -95,7 +96,7 @@ def allocate_state(device: Device, config: UNetConfig, capacity: int) -> SlotSta
     """Zeroed state for `capacity` slots, all of them resting."""
     image = (config.in_channels, *config.image_size)
     rows = max(LEAST_ARENA_ROWS, _ROWS_PER_SLOT * capacity)
-    is_vector = config.label is LabelInput.VECTOR
+    label = (capacity, config.time_channels) if config.label is LabelInput.VECTOR else (capacity,)
     has_cond = config.cond_channels > 0 and not config.self_condition
 
     def floats(*shape: int) -> Tensor:
@@ -109,7 +110,7 @@ def allocate_state(device: Device, config: UNetConfig, capacity: int) -> SlotSta
         x_t=floats(capacity, *image),
         x0=floats(capacity, *image),
         older=floats(3, capacity, *image),
-        label=floats(capacity, config.time_channels) if is_vector else device.allocate((capacity,), torch.int64),
+        label=device.allocate(label, torch.int64 if config.label is LabelInput.TABLE else torch.float32),
         class_label=device.allocate((capacity,), torch.int64),
         cond=floats(capacity, config.cond_channels, *config.image_size) if has_cond else None,
         known=floats(capacity, *image),
