@@ -34,7 +34,6 @@ class _Results:
 
     images: dict[int, Bytes] = field(default_factory=dict)
     seconds: float = 0.0
-    calls: int = 0
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -44,11 +43,14 @@ def sample(args: argparse.Namespace) -> None:
     in_shards = is_bulk(args)
     sampler = Sampler.open(args.bundle, args.backend, args.precision, args.threads)
     guidance = _guidance(args, sampler)
-    cfg = ClassifierFreeGuidance(args.cfg_scale, interval=tuple(args.cfg_interval))
+    cfg = ClassifierFreeGuidance(
+        args.cfg_scale, args.cfg_rescale, interval=tuple(args.cfg_interval), plus_plus=args.cfg_plus_plus
+    )
     if in_shards:
         sample_in_bulk(args, sampler, guidance, cfg, _labels_in_turn(args, sampler, guidance))
         return
-    table = sampler.table(args.steps, args.sampler, args.eta, Variance(args.variance) if args.variance else None)
+    variance = Variance(args.variance) if args.variance else None
+    table = sampler.table(args.steps, args.sampler, args.eta, variance, args.cfg_plus_plus)
     labels = _labels(args, sampler, guidance)
     requests = sampler.requests(args.n, table, labels, args.seed, guidance=guidance, cfg_scale=cfg)
     if args.grid is not None:

@@ -368,3 +368,7 @@ def test_classifier_free_guidance(tmp_path, bundle):
     assert image("--cfg-scale", 1) == plain
     assert image("--cfg-scale", 40) != plain
     assert image("--cfg-scale", 40, "--cfg-interval", -2, -1) == plain
+    rescaled = image("--cfg-scale", 40, "--cfg-rescale", 0.7)
+    assert rescaled not in (plain, image("--cfg-scale", 40))
+    ddim = ("--sampler", "ddim", "--cfg-scale", 0.5)
+    assert image(*ddim, "--cfg-plus-plus") != image(*ddim)
