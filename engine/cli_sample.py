@@ -21,7 +21,7 @@ from engine.errors import RequestError
 from engine.facts import facts_from_items
 from engine.files import atomic_path, make_folder
 from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance
-from engine.images import Bytes, grid, save_images, save_npz, save_png, to_uint8
+from engine.images import Bytes, check_png_channels, grid, save_images, save_npz, save_png, to_uint8
 from engine.prediction import Variance
 from engine.sampler import Request, Sampler
 
@@ -42,6 +42,8 @@ def sample(args: argparse.Namespace) -> None:
         raise RequestError("nothing would be kept; give --out DIR, --grid FILE or both")
     in_shards = is_bulk(args)
     sampler = Sampler.open(args.bundle, args.backend, args.precision, args.threads)
+    if args.grid is not None or (args.format or ("npz" if in_shards else "png")) == "png":
+        check_png_channels(sampler.config.in_channels)
     guidance = _guidance(args, sampler)
     cfg = ClassifierFreeGuidance(
         args.cfg_scale, args.cfg_rescale, interval=tuple(args.cfg_interval), plus_plus=args.cfg_plus_plus
