@@ -88,6 +88,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         default=(-math.inf, math.inf),
         help="training timesteps with classifier-free guidance (default: all)",
     )
+    parser.add_argument("--cfg-rescale", type=float, default=0.0, metavar="PHI", help="its rescaling (default 0: none)")
+    parser.add_argument("--cfg-plus-plus", action="store_true", help="in the form of CFG++, with ddim; scale 0 to 1")
     parser.add_argument(
         "--classifier-fact", action="append", default=[], metavar="NAME=VALUE", help="a fact its file does not hold"
     )

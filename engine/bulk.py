@@ -157,7 +157,7 @@ class _Job:
                 "classifier; give both or neither"
             )
         self._sampler, self._plan, self._out, self._guidance = sampler, plan, out, guidance
-        self._table = sampler.table(plan.steps, plan.sampler, plan.eta, plan.variance)
+        self._table = sampler.table(plan.steps, plan.sampler, plan.eta, plan.variance, plan.cfg.plus_plus)
         config = sampler.config
         self._shape = (*config.image_size, config.in_channels)
         self._is_labelled = config.num_classes is not None or guidance is not None

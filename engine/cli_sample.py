@@ -21,7 +21,7 @@ from engine.errors import RequestError
 from engine.facts import facts_from_items
 from engine.files import atomic_path, make_folder
 from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance
-from engine.images import Bytes, grid, save_images, save_npz, save_png, to_uint8
+from engine.images import Bytes, check_png_channels, grid, save_images, save_npz, save_png, to_uint8
 from engine.prediction import Variance
 from engine.sampler import Request, Sampler
 
@@ -34,7 +34,6 @@ class _Results:
 
     images: dict[int, Bytes] = field(default_factory=dict)
     seconds: float = 0.0
-    calls: int = 0
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -43,12 +42,17 @@ def sample(args: argparse.Namespace) -> None:
         raise RequestError("nothing would be kept; give --out DIR, --grid FILE or both")
     in_shards = is_bulk(args)
     sampler = Sampler.open(args.bundle, args.backend, args.precision, args.threads)
+    if args.grid is not None or (args.format or ("npz" if in_shards else "png")) == "png":
+        check_png_channels(sampler.config.in_channels)
     guidance = _guidance(args, sampler)
-    cfg = ClassifierFreeGuidance(args.cfg_scale, interval=tuple(args.cfg_interval))
+    cfg = ClassifierFreeGuidance(
+        args.cfg_scale, args.cfg_rescale, interval=tuple(args.cfg_interval), plus_plus=args.cfg_plus_plus
+    )
     if in_shards:
         sample_in_bulk(args, sampler, guidance, cfg, _labels_in_turn(args, sampler, guidance))
         return
-    table = sampler.table(args.steps, args.sampler, args.eta, Variance(args.variance) if args.variance else None)
+    variance = Variance(args.variance) if args.variance else None
+    table = sampler.table(args.steps, args.sampler, args.eta, variance, args.cfg_plus_plus)
     labels = _labels(args, sampler, guidance)
     requests = sampler.requests(args.n, table, labels, args.seed, guidance=guidance, cfg_scale=cfg)
     if args.grid is not None:

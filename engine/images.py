@@ -58,6 +58,14 @@ def grid(images: Bytes, columns: int, enlarge: int = 1) -> Bytes:
     return whole.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
 
 
+def check_png_channels(channels: int) -> None:
+    """Raises RequestError for images that no PNG can hold."""
+    if channels not in (1, 3):
+        raise RequestError(
+            f"a PNG cannot hold an image of {channels} channels; expected 1 or 3: save the images as .npz"
+        )
+
+
 def save_png(path: Path, image: Bytes) -> None:
     """Write one image, uint8 [H, W, C], as a PNG: grey for C = 1, RGB for C = 3.
 
@@ -66,10 +74,7 @@ def save_png(path: Path, image: Bytes) -> None:
     """
     _check_bytes(image, "[H, W, C]")
     channels = image.shape[-1]
-    if channels not in (1, 3):
-        raise RequestError(
-            f"a PNG cannot hold an image of {channels} channels; expected 1 or 3: save the images as .npz"
-        )
+    check_png_channels(channels)
     try:
         from PIL import Image
     except ImportError as error:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import LabelInput, UNetConfig
 from engine.errors import RequestError
-from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance, require_null_class
+from engine.guidance import EVERYWHERE, ClassifierFreeGuidance, ClassifierGuidance, require_null_class
 from engine.noise import LABELS, uniform
 from engine.slots import Request
 from engine.solvers import StepTable
+
+logger = logging.getLogger(__name__)
+
+MOST_SHIFT = 1e3
+"""Largest factor of a gradient in x0 that is no accident: 1 / sqrt(abar) where an image is still 1e-3 of x_t."""
 
 Labels = int | Sequence[int] | Sequence[Sequence[float]]
 """One class for all images, a class for each, or a vector for each where the network takes vectors."""
@@ -51,6 +58,8 @@ def make_requests(
     scale = guidance.scale if guidance is not None else 0.0
     if not math.isfinite(scale):
         raise RequestError(f"the guidance scale is {scale}; expected a finite number")
+    if guidance is not None and scale and guidance.interval == EVERYWHERE:
+        _warn_of_wild_rows(table)
     cfg = cfg_scale if isinstance(cfg_scale, ClassifierFreeGuidance) else ClassifierFreeGuidance(cfg_scale)
     if cfg.is_active:
         require_null_class(config)
@@ -68,6 +77,18 @@ def make_requests(
         )
         for i in range(n)
     ]
+
+
+def _warn_of_wild_rows(table: StepTable) -> None:
+    """Where x_t is noise alone, (1 - abar) / sqrt(abar) turns a classifier's error into the whole image."""
+    wild = np.flatnonzero(np.abs(table.H) > MOST_SHIFT)
+    if len(wild):
+        logger.warning(
+            "classifier guidance at timestep %g shifts x0 by %.2g times the gradient, for x_t holds next to no image "
+            "there; leave such timesteps out with steps='ddimN' (which starts later) or a guidance interval",
+            table.timestep[wild[0]],
+            abs(table.H[wild[0]]),
+        )
 
 
 def _labels(

@@ -11,7 +11,13 @@ alphas_cumprod otherwise: an error in eps that the loss hardly sees is a grey ha
 weighted by the signal-to-noise ratio clipped to [1, 5], as in Salimans & Ho (2022), section 4, with the upper bound of
 Hang et al. (2023).
 
---init FILE starts a new run (its own optimizer, warm-up and decay) from the weights of an earlier one.
+The variational term trains the variance for chains of 1000, 250 and 50 steps by turns: of single steps of 1000 alone
+the two bounds of the range nearly coincide, and what is learned there overshoots by far in a chain of fewer steps.
+
+--init FILE starts a new run (its own optimizer, warm-up and decay) from the weights of an earlier one; the variance is
+learned anew. With --guide W the network then learns, in place of x0, what the earlier one predicts with classifier-free
+guidance of scale 1 + W: stage one of Meng et al., On Distillation of Guided Diffusion Models (2023). One call then
+follows its label as two did.
 
 The network runs eagerly on purpose. With torch 2.13 on a CPU in bfloat16, torch.compile gave it a backward pass whose
 gradients for the whole way down were 0 (the forward pass was right), at the same speed.
@@ -23,6 +29,7 @@ import argparse
 import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +46,9 @@ from recipes.openai_format import to_openai
 
 STEPS = 1000
 PEAK_LR, WARM_UP, EMA_RATE, LABEL_DROP, BATCH = 1e-3, 300, 0.999, 0.1, 32
+NULL = 10
 SNR_WEIGHT = (1.0, 5.0)
+STRIDES = (1, 4, 20)
 LOG_EVERY, SAVE_EVERY = 100, 250
 
 
@@ -48,38 +57,55 @@ class Diffusion:
 
     def __init__(self) -> None:
         schedule = cosine_schedule(STEPS)
-        abar = schedule.alphas_cumprod
+        self.abar = torch.from_numpy(schedule.alphas_cumprod)
+        self.first_log_lower = float(schedule.posterior_log_variance[0])
+        self.weight = (self.abar / (1 - self.abar)).clamp(*SNR_WEIGHT).float()
+        self.signal, self.noise = self.abar.sqrt().float(), (1 - self.abar).sqrt().float()
 
-        def table(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values).float()
+    def posterior(self, t: Tensor, stride: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of x at t - stride (0 at the least), given x_t and x0: factors of x0 and x_t, log bounds of the variance.
 
-        self.weight = table(np.clip(abar / (1 - abar), *SNR_WEIGHT))
-        self.signal, self.noise = table(np.sqrt(abar)), table(np.sqrt(1 - abar))
-        self.mean_x0, self.mean_xt = table(schedule.posterior_mean_x0), table(schedule.posterior_mean_xt)
-        self.log_lower, self.log_upper = table(schedule.posterior_log_variance), table(np.log(schedule.betas))
+        t, stride: [B] int64; returns four of [B, 1, 1, 1] float32. Ho et al. (2020), eq. 7, for a chain of those two
+        timesteps; t = 0 goes to the image itself.
+        """
+        now, before = self.abar[t], self.abar[(t - stride).clamp(min=0)]
+        before = torch.where(t == 0, 1.0, before)
+        beta = 1 - now / before
+        variance = beta * (1 - before) / (1 - now)
+        log_lower = torch.where(t == 0, self.first_log_lower, variance.clamp(min=1e-20).log())
+        parts = (
+            before.sqrt() * beta / (1 - now),
+            (now / before).sqrt() * (1 - before) / (1 - now),
+            log_lower,
+            beta.log(),
+        )
+        x0_part, xt_part, lower, upper = (part.float()[:, None, None, None] for part in parts)
+        return x0_part, xt_part, lower, upper
 
-    def losses(self, out: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted mean squared error of x0, and the variational term in bits a dimension (mean without gradient)."""
+    def losses(
+        self, out: Tensor, target: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, stride: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted mean squared error to the target, and the variational term in bits a dimension.
 
-        def at(table: Tensor) -> Tensor:
-            return table[t][:, None, None, None]
-
+        The term is of the step of `stride` that ends in t, and the mean takes no gradient from it.
+        """
         prediction, v = out.float().chunk(2, dim=1)
-        mse = (at(self.weight) * (x0 - prediction).square()).mean()
-        mean = at(self.mean_x0) * x0 + at(self.mean_xt) * x_t
-        mean_hat = at(self.mean_x0) * prediction.detach().clamp(-1, 1) + at(self.mean_xt) * x_t
+        mse = (self.weight[t][:, None, None, None] * (target - prediction).square()).mean()
+        x0_part, xt_part, log_lower, log_upper = self.posterior(t, stride)
+        mean = x0_part * x0 + xt_part * x_t
+        mean_hat = x0_part * prediction.detach().clamp(-1, 1) + xt_part * x_t
         frac = (v + 1) / 2
-        log_var = frac * at(self.log_upper) + (1 - frac) * at(self.log_lower)
-        kl = gaussian_kl(mean, at(self.log_lower).expand_as(mean), mean_hat, log_var)
+        log_var = frac * log_upper + (1 - frac) * log_lower
+        kl = gaussian_kl(mean, log_lower.expand_as(mean), mean_hat, log_var)
         nll = -discretised_log_likelihood(x0, mean_hat, 0.5 * log_var)
         return mse, torch.where(t[:, None, None, None] == 0, nll, kl).mean() / math.log(2.0)
 
 
-def learning_rate(iteration: int, total: int) -> float:
+def learning_rate(iteration: int, total: int, peak: float) -> float:
     """Linear warm-up, then a cosine to zero at the last iteration."""
     if iteration < WARM_UP:
-        return PEAK_LR * (iteration + 1) / WARM_UP
-    return PEAK_LR * 0.5 * (1 + math.cos(math.pi * min(1.0, (iteration - WARM_UP) / (total - WARM_UP))))
+        return peak * (iteration + 1) / WARM_UP
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (iteration - WARM_UP) / (total - WARM_UP))))
 
 
 def stratified_timesteps(count: int, generator: torch.Generator) -> Tensor:
@@ -100,28 +126,58 @@ def trim_log(path: Path, iteration: int) -> None:
         path.write_text("".join(line for line in lines if int(line.split(",")[0]) <= iteration))
 
 
-def initial_weights(model: UNet, init: Path | None) -> None:
-    """Fresh weights, or those of a file that an earlier run wrote."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The U-Net's weights in a file that an earlier run wrote."""
+    earlier = load_checkpoint(
+        path, family="openai-guided", image_size=(32, 32), num_head_channels=32, noise_schedule="cosine",
+        prediction="x0", null_class=NULL,
+    )  # fmt: skip
+    return dict(earlier.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a run is. guide: None learns x0, a number what the initial weights predict with guidance of 1 + guide."""
+
+    iterations: int
+    peak_lr: float
+    is_bf16: bool
+    init: Path | None
+    guide: float | None
+
+
+def start_model(init: Path | None) -> UNet:
+    """Fresh weights, or those of an earlier run with the variance forgotten."""
+    model = UNet(digits_unet())
     if init is None:
         init_weights(model)
-        return
-    earlier = load_checkpoint(
-        init, family="openai-guided", image_size=(32, 32), num_head_channels=32, noise_schedule="cosine",
-        prediction="x0", null_class=10,
-    )  # fmt: skip
-    model.load_state_dict(dict(earlier.weights))
+        return model
+    model.load_state_dict(read_weights(init))
+    with torch.no_grad():
+        for parameter in list(model.parameters())[-2:]:
+            parameter[1].zero_()
+    return model
 
 
-def train(work: Path, total: int, init: Path | None, is_bf16: bool) -> None:
+@torch.no_grad()
+def guided_target(teacher: UNet, guide: float, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """x0 by classifier-free guidance (Ho & Salimans, 2022, eq. 6) of scale 1 + guide; unguided where y is NULL."""
+    labelled, unlabelled = (teacher(x_t, t.float(), label)[:, :1] for label in (y, torch.full_like(y, NULL)))
+    return labelled + guide * (labelled - unlabelled)
+
+
+def train(work: Path, run: Run) -> None:
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
-    data = load_split()["train"]
-    config = digits_unet()
-    model = UNet(config)
-    initial_weights(model, init)
+    data, total = load_split()["train"], run.iterations
+    model = start_model(run.init)
+    teacher = None
+    if run.guide is not None and run.init is not None:
+        teacher = UNet(digits_unet())
+        teacher.load_state_dict(read_weights(run.init))
     ema = {k: v.clone() for k, v in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.peak_lr, betas=(0.9, 0.99), weight_decay=1e-3)
     start, generator = 0, torch.Generator().manual_seed(1)
     if (work / "state.pt").exists():
         state = torch.load(work / "state.pt", weights_only=True)
@@ -137,17 +193,19 @@ def train(work: Path, total: int, init: Path | None, is_bf16: bool) -> None:
         x0 = data.images[rows]
         moved = augment(x0, generator, degrees=8, scale=0.08, shift=1.5)
         x0 = torch.where(torch.rand(BATCH, 1, 1, 1, generator=generator) < 0.7, moved, x0)
-        y = torch.where(torch.rand(BATCH, generator=generator) < LABEL_DROP, 10, data.labels[rows])
+        y = torch.where(torch.rand(BATCH, generator=generator) < LABEL_DROP, NULL, data.labels[rows])
         t, eps = stratified_timesteps(BATCH, generator), torch.randn(x0.shape, generator=generator)
         x_t = diffusion.signal[t][:, None, None, None] * x0 + diffusion.noise[t][:, None, None, None] * eps
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+        stride = torch.tensor(STRIDES)[torch.randint(len(STRIDES), (BATCH,), generator=generator)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=run.is_bf16):
+            target = x0 if teacher is None else guided_target(teacher, run.guide or 0.0, x_t, t, y)
             out = model(x_t, t.float(), y)
-        mse, bound = diffusion.losses(out, x0, x_t, t)
+        mse, bound = diffusion.losses(out, target, x0, x_t, t, stride)
         optimizer.zero_grad(set_to_none=True)
         (mse + bound).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(iteration, total)
+            group["lr"] = learning_rate(iteration, total, run.peak_lr)
         optimizer.step()
         rate = min(EMA_RATE, (1 + iteration) / (10 + iteration))
         with torch.no_grad():
@@ -164,7 +222,7 @@ def train(work: Path, total: int, init: Path | None, is_bf16: bool) -> None:
                 {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema,
                  "iteration": done, "generator": generator.get_state()}, work / "state.pt",
             )  # fmt: skip
-    save_atomically(to_openai(ema, config), work / f"ema_{EMA_RATE}_{total:06d}.pt")
+    save_atomically(to_openai(ema, model.config), work / f"ema_{EMA_RATE}_{total:06d}.pt")
 
 
 def main() -> None:
@@ -173,8 +231,14 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=6000, help="length of the whole run, resumed parts included")
     parser.add_argument("--init", type=Path, help="start from these weights where the folder has no state yet")
     parser.add_argument("--fp32", action="store_true", help="for a CPU without bfloat16 instructions")
+    parser.add_argument("--guide", type=float, metavar="W", help="learn the guided prediction of --init's weights")
+    parser.add_argument(
+        "--peak-lr", type=float, default=PEAK_LR, help=f"learning rate after warm-up (default {PEAK_LR})"
+    )
     args = parser.parse_args()
-    train(args.work, args.iterations, args.init, not args.fp32)
+    if args.guide is not None and args.init is None:
+        parser.error("--guide needs the weights that are guided: give --init")
+    train(args.work, Run(args.iterations, args.peak_lr, not args.fp32, args.init, args.guide))
 
 
 if __name__ == "__main__":

@@ -602,13 +602,14 @@ def test_resumes_on_the_backends_of_a_graph(tmp_path, bundle):
         assert content(out) == expected
 
 
-def test_classifier_free_guidance_is_part_of_the_run(tmp_path):
+@pytest.mark.parametrize("cfg", [ClassifierFreeGuidance(3.0), ClassifierFreeGuidance(0.6, plus_plus=True)])
+def test_classifier_free_guidance_is_part_of_the_run(tmp_path, cfg):
     bundle = write_bundle(tmp_path / "net.engine", adm_unet(num_classes=4, null_class=3))
     sampler = Sampler.open(bundle, "eager")
     plain = BulkPlan(n=4, steps=3, shard_size=2, batch_size=2, labels=1)
-    guided = dataclasses.replace(plain, cfg=ClassifierFreeGuidance(3.0))
+    guided = dataclasses.replace(plain, cfg=cfg)
     generate(sampler, guided, tmp_path / "guided")
-    wanted = to_uint8(sampler.sample(2, steps=3, labels=1, cfg_scale=3.0, batch_size=2))
+    wanted = to_uint8(sampler.sample(2, steps=3, labels=1, cfg_scale=cfg, batch_size=2))
     with np.load(tmp_path / "guided" / "shard-00000.npz") as shard:
         assert np.array_equal(shard["arr_0"], wanted)
     with pytest.raises(RequestError, match="classifier_free_guidance"):

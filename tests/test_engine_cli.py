@@ -358,6 +358,17 @@ def test_a_reader_that_goes_away():
         print("more")
 
 
+def test_two_channels_go_into_no_png(tmp_path):
+    """Said before the first step, with the format that holds them."""
+    two = write_bundle(tmp_path / "two.engine", adm_unet(channels=2, mult=(1,), attention=()))
+    for place in (("--out", tmp_path / "out"), ("--grid", tmp_path / "grid.png")):
+        outcome = sample(two, "-n", 1, *place)
+        assert outcome.status == 2
+        assert "cannot hold an image of 2 channels; expected 1 or 3: save the images as .npz" in outcome.error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["two.engine"]
+    assert sample(two, "-n", 1, "--format", "npz", "--out", tmp_path / "out").status == 0
+
+
 def test_classifier_free_guidance(tmp_path, bundle):
     def image(*extra: object) -> bytes:
         path = tmp_path / "g.png"
@@ -368,3 +379,7 @@ def test_classifier_free_guidance(tmp_path, bundle):
     assert image("--cfg-scale", 1) == plain
     assert image("--cfg-scale", 40) != plain
     assert image("--cfg-scale", 40, "--cfg-interval", -2, -1) == plain
+    rescaled = image("--cfg-scale", 40, "--cfg-rescale", 0.7)
+    assert rescaled not in (plain, image("--cfg-scale", 40))
+    ddim = ("--sampler", "ddim", "--cfg-scale", 0.5)
+    assert image(*ddim, "--cfg-plus-plus") != image(*ddim)

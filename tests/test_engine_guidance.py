@@ -14,11 +14,13 @@ from torch import Tensor
 from engine.backends.eager import EagerBackend
 from engine.config import LabelInput
 from engine.errors import RequestError
-from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance, guided_out
+from engine.guidance import EVERYWHERE, ClassifierFreeGuidance, ClassifierGuidance, guided_out
 from engine.noise import normal
-from engine.prediction import Prediction, Variance
+from engine.prediction import Diffusion, Prediction, Variance
+from engine.requests import make_requests
 from engine.sampler import Request, Sampler, Slots
-from engine.solvers import visited_timesteps
+from engine.schedule import cosine_schedule
+from engine.solvers import ddim_table, visited_timesteps
 
 NULL = LABELLED.null_class
 
@@ -277,3 +279,23 @@ def test_plus_plus_beside_other_images_and_at_scale_1():
     both = finished(sampler.run([one, dataclasses.replace(other, index=1)]))
     assert torch.equal(both[0].clamp(-1, 1), images[0])
     assert torch.equal(both[1].clamp(-1, 1), sampler.sample(1, steps=4, labels=5, seed=9)[0])
+
+
+@pytest.mark.parametrize(
+    ("steps", "scale", "interval", "is_wild"),
+    [
+        (50, 2.0, EVERYWHERE, True),
+        ("ddim50", 2.0, EVERYWHERE, False),
+        (50, 2.0, (0, 990), False),
+        (50, 0.0, EVERYWHERE, False),
+    ],
+)
+def test_a_gradient_that_swamps_the_image_is_warned_of(caplog, steps, scale, interval, is_wild):
+    """The cosine schedule's last timestep holds 5e-5 of the image; other starts, intervals and scale 0 are fine."""
+    table = ddim_table(Diffusion(cosine_schedule(1000)), steps)
+    make_requests(PLAIN, 1, table, guidance=ClassifierGuidance(CountingGuide(), scale, interval))
+    messages = [r.getMessage() for r in caplog.records]
+    assert len(messages) == is_wild
+    if is_wild:
+        assert "classifier guidance at timestep 999 shifts x0 by 2e+04 times the gradient" in messages[0]
+        assert "steps='ddimN'" in messages[0]
