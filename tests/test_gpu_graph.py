@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import adm_unet, random_network, tiny_manifest
-from test_cuda_graph import CFG, slots_of
+from test_cuda_graph import CFG
 from test_engine_sampler import SAMPLERS, finished
+from test_step_program import slots_of
 
 from engine.backends.eager import EagerBackend
 from engine.cuda_graph import GraphSlots, SlotPool
