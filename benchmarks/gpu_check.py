@@ -61,9 +61,11 @@ def parts(work: Path) -> tuple[Part, ...]:
         command = (sys.executable, "-m", "benchmarks.gpu_parts", name, "--work", str(work), "--result", "{result}")
         return Part(name, command, limit_s)
 
-    tests = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests")
-    images = [own(f"images:{backend}:{precision}", 60) for backend, precision in gpu_parts.BACKENDS]
-    return (own("build", 180), *images, own("latency", 120), Part("tests", tests, 240))
+    # The tests take the bundle that was just built, where it was.
+    bundle = f"{gpu_parts.BUNDLE_VARIABLE}={gpu_parts.bundle_folder(work).resolve()}"
+    tests = ("env", bundle, sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests")
+    images = [own(f"images:{backend}:{precision}", 45) for backend, precision in gpu_parts.BACKENDS]
+    return (own("build", 240), *images, own("latency", 90), Part("tests", tests, 240))
 
 
 def run_part(part: Part, work: Path, limit_s: float) -> Outcome:

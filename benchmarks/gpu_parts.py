@@ -28,6 +28,9 @@ from engine.step_program import StepProgram, Variant
 
 BACKENDS = (("eager", "fp32"), ("eager", "fp16"), ("ort", "fp32"), ("trt", "fp16"))
 REFERENCE = "ort:fp32"
+BUNDLE_VARIABLE = "UNET_RT_GPU_BUNDLE"
+"""Environment variable: the bundle of digits that the tests of a GPU take instead of building one."""
+
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 CHECKPOINT, CLASSIFIER = _ASSETS / "digits.pt", _ASSETS / "classifier.pt"
 # What assets/digits.pt does not hold (assets/MODEL_CARD.md).

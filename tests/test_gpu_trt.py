@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from benchmarks import gpu_parts
 from engine.backends import open_backend, open_guide
 from engine.backends.trt import TrtBackend, TrtGuide
 from engine.backends.trt_library import find_plans
-from engine.bundle import Bundle
+from engine.bundle import Bundle, is_bundle
 from engine.errors import BackendError
 from engine.guidance import ClassifierGuidance
 from engine.sampler import Sampler
@@ -24,9 +25,12 @@ FP16_RMS, FP16_IMAGES_RMS = 5e-3, 2e-2
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    work: Path = tmp_path_factory.mktemp("work")
-    gpu_parts.build(work)
-    opened = Bundle.open(gpu_parts.bundle_folder(work))
+    folder = Path(os.environ.get(gpu_parts.BUNDLE_VARIABLE, ""))
+    if not is_bundle(folder):
+        work: Path = tmp_path_factory.mktemp("work")
+        gpu_parts.build(work)
+        folder = gpu_parts.bundle_folder(work)
+    opened = Bundle.open(folder)
     if not opened.manifest.plans:
         pytest.skip("no TensorRT that builds for this GPU is installed")
     return opened

@@ -169,6 +169,17 @@ def test_a_call_that_fails(tmp_path):
         backend(*inputs(2))
 
 
+def test_a_plan_of_another_type_is_refused(tmp_path, monkeypatch):
+    bundle, library, device = make_bundle(tmp_path / "b", BUCKETS), fake_library(networks()), AlignedDevice()
+    backend = TrtBackend(bundle, None, opened(bundle, library, device), device)
+    buffers = {name: torch.zeros(2, *shape[1:]) for name, shape in (SHAPES | {"out": [-1, 2, 4, 4]}).items()}
+    with pytest.raises(BackendError, match=r"takes torch.int64 as y, not torch.float32; build it again with"):
+        backend.bind(buffers)
+    monkeypatch.setattr(trt_fakes.ICudaEngine, "get_tensor_dtype", lambda *_: trt_fakes.DataType.HALF)
+    with pytest.raises(BackendError, match=r"unet\.\d\.rtx\.plan holds x_t as .*HALF; expected float32"):
+        backend(*inputs(2))
+
+
 def test_compiled_kernels_are_kept(tmp_path, caplog):
     """Written once after the first call, read by the next start, ignored and written anew where they do not fit."""
     caplog.set_level(logging.INFO)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from enum import IntEnum
+from enum import Enum, IntEnum
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +43,7 @@ class ILogger:
     def log(self, severity: Any, msg: str) -> None: ...
 
 
-class DataType(IntEnum):
+class DataType(Enum):
     FLOAT = 0
     HALF = 1
     INT64 = 8

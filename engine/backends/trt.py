@@ -68,10 +68,15 @@ class _Engine:
         self._cache: Any = None
 
     def dtype(self, name: str) -> torch.dtype:
-        """What a buffer of this name holds."""
-        trt = self._library.trt
-        dtypes = {trt.DataType.FLOAT: torch.float32, trt.DataType.HALF: torch.float16, trt.DataType.INT64: torch.int64}
-        return dtypes[self._engine.get_tensor_dtype(name)]
+        """What a buffer of this name holds; raises BackendError for what no network of ours takes or gives."""
+        trt, found = self._library.trt, self._engine.get_tensor_dtype(name)
+        dtypes = {trt.DataType.FLOAT: torch.float32, trt.DataType.INT64: torch.int64}
+        if found not in dtypes:
+            raise BackendError(
+                f"{self._entry.file} holds {name} as {found}; expected float32, or int64 labels; build it again with: "
+                f"{REBUILD}"
+            )
+        return dtypes[found]
 
     def context(self, batch: int) -> _Context:
         """The context of this batch, made on first use."""
