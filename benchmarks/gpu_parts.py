@@ -47,16 +47,17 @@ def images_file(work: Path, name: str) -> Path:
     return work / f"{name.replace(':', '-')}.npy"
 
 
-def build(work: Path) -> dict[str, Any]:
+def build(work: Path, with_classifier: bool = False) -> dict[str, Any]:
     """The bundle with plans for this GPU, by every TensorRT that is installed; without one, the ONNX only.
 
-    TensorRT for RTX is asked for this GPU's compute capability where it knows it.
+    with_classifier: of the digits too, which takes a few minutes more. TensorRT for RTX is asked for this GPU's compute capability where it knows it.
     """
     from export import to_onnx, to_trt
     from export.trt_build import find_builders
 
     command = [str(CHECKPOINT), "--out", str(bundle_folder(work)), "--null-class", "10", *_FACTS.split()]
-    command += ["--classifier", str(CLASSIFIER), "--classifier-fact", "num_head_channels=32"]
+    if with_classifier:
+        command += ["--classifier", str(CLASSIFIER), "--classifier-fact", "num_head_channels=32"]
     target = gpu_capability()
     try:
         builders = find_builders((target,))
