@@ -50,7 +50,8 @@ def images_file(work: Path, name: str) -> Path:
 def build(work: Path, with_classifier: bool = False) -> dict[str, Any]:
     """The bundle with plans for this GPU, by every TensorRT that is installed; without one, the ONNX only.
 
-    with_classifier: of the digits too, which takes a few minutes more. TensorRT for RTX is asked for this GPU's compute capability where it knows it.
+    with_classifier: of the digits too, which takes a few minutes more. TensorRT for RTX is asked for this GPU's
+    compute capability where it knows it.
     """
     from export import to_onnx, to_trt
     from export.trt_build import find_builders
