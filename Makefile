@@ -1,4 +1,5 @@
 # make demo: a fresh environment, the shipped checkpoint exported, a grid of digits.   make test: the tests.
+# make gpu-check: on a machine with a GPU, everything that needs one.
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,7 +23,7 @@ ifneq ($(wildcard $(GOLDEN)/.),)
 export UNET_RT_GOLDEN ?= $(GOLDEN)
 endif
 
-.PHONY: venv demo test test-slow lint clean
+.PHONY: venv demo test test-slow gpu-check lint clean
 
 venv: $(VENV)/installed
 
@@ -45,11 +46,14 @@ test: venv
 test-slow: venv
 	$(PY) -m pytest -m "slow and not gpu"
 
+gpu-check: venv
+	$(PY) -m benchmarks.gpu_check --out gpu_check
+
 lint: venv
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 
 clean:
-	rm -rf demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf demo gpu_check build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

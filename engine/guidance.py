@@ -108,6 +108,37 @@ def guided_out(with_label: Tensor, without_label: Tensor, cfg: ClassifierFreeGui
     return torch.cat([out, with_label[channels:]])
 
 
+def guided_outs(
+    with_label: Tensor,
+    without_label: Tensor,
+    is_active: Tensor,
+    scale: Tensor,
+    rescale_and_parallel: tuple[Tensor, Tensor] | None,
+    channels: int,
+) -> Tensor:
+    """guided_out of a batch, [B, C', H, W] float32, each image with numbers of its own, without waiting for a device.
+
+    is_active: [B] bool; where it is False an image keeps its labelled result. scale, rescale, parallel: [B] float32;
+    None for rescale 0 and parallel 1 in all of them.
+    """
+    labelled = with_label[:, :channels]
+    update = labelled - without_label[:, :channels]
+    if rescale_and_parallel is not None:
+        unit = F.normalize(labelled.flatten(1).double(), dim=1)
+        along = (update.flatten(1).double() * unit).sum(dim=1, keepdim=True) * unit
+        update = update - (1 - _per_image(rescale_and_parallel[1])) * along.reshape(update.shape).to(update.dtype)
+    out = labelled + (_per_image(scale) - 1) * update
+    if rescale_and_parallel is not None:
+        rescale = _per_image(rescale_and_parallel[0])
+        ratio = _per_image(labelled.flatten(1).std(dim=1) / out.flatten(1).std(dim=1))
+        out = torch.where(rescale != 0, out * (rescale * ratio + 1 - rescale), out)
+    return torch.cat([torch.where(_per_image(is_active), out, labelled), with_label[:, channels:]], dim=1)
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values[:, None, None, None]
+
+
 def require_null_class(config: UNetConfig) -> int:
     """The label that means none; raises RequestError for a network that has none."""
     if config.null_class is None or config.label is not LabelInput.TABLE:

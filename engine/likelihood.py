@@ -84,13 +84,14 @@ def variational_bound(
     a, b = x0_coefficients(schedule, process.prediction)
     lower, upper = log_variance_bounds(schedule, process.variance)
     clip = torch.full((batch, 1, 1, 1), process.clip if process.clip is not None else math.inf)
-    percentile = torch.full((batch, 1, 1, 1), process.percentile or 0.0)
+    percentile = None if process.percentile is None else torch.full((batch, 1, 1, 1), process.percentile)
     vb, x0_mse, eps_mse = [], [], []
     for k, t in enumerate(reversed(range(len(schedule)))):
         z = torch.from_numpy(noise(own_seeds, [k + 1] * batch, shape, NOISE))
         x_t = math.sqrt(abar[t]) * x0 + math.sqrt(1 - abar[t]) * z
         time = torch.full((batch,), float(schedule.timesteps[t] * process.timestep_scale))
-        out = backend(x_t, time, labels, cond)
+        sent = [None if value is None else value.to(backend.device) for value in (x_t, time, labels, cond)]
+        out = backend(sent[0], sent[1], sent[2], sent[3]).to(x0.device)  # type: ignore[arg-type]
         mean_out, rest = out[:, : shape[0]], out[:, shape[0] :]
         x0_hat = limit_x0(a[t] * x_t + b[t] * mean_out, clip, percentile)
         fraction = (rest + 1) / 2 if rest.shape[1] and lower[t] != upper[t] else torch.zeros_like(x0)

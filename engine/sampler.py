@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Unpack
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from engine.backends import Backend, open_backend, open_guide
 from engine.bundle import Bundle
+from engine.cuda_graph import SlotPool
 from engine.errors import RequestError
 from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from engine.likelihood import variational_bound
@@ -41,6 +43,7 @@ class Sampler:
 
     def __init__(self, backend: Backend, bundle: Bundle | None = None, threads: int | None = None) -> None:
         self.backend, self._bundle, self._threads = backend, bundle, threads
+        self._pool = SlotPool(backend)
         self.config = backend.manifest.config
         self.diffusion = backend.manifest.diffusion
 
@@ -69,6 +72,7 @@ class Sampler:
 
     def close(self) -> None:
         """Release the backend."""
+        self._pool.close()
         self.backend.close()
 
     def sample(self, n: int, **options: Unpack[Options]) -> Tensor:
@@ -273,19 +277,25 @@ class Sampler:
         noise: NoiseSource = normal,
         batch_size: int = 16,
     ) -> Iterator[Step]:
-        """Every step of every request, as they happen; a finished image's slot goes to the next request."""
+        """Every step of every request, as they happen; a finished image's slot goes to the next request.
+
+        On a GPU a step whose image is not finished must be read, if at all, before the next is asked for (see Step).
+        batch_size: the largest batch of the network.
+        """
         self._check_run(guidance, batch_size)
         waiting = iter(requests)
-        slots = Slots(self.backend, batch_size, guidance, noise)
-        while True:
-            for slot in slots.free:
-                request = next(waiting, None)
-                if request is None:
-                    break
-                slots.enter(slot, request)
-            if slots.is_empty:
-                return
-            yield from slots.step()
+        first = list(islice(waiting, batch_size))
+        waiting = chain(first, waiting)
+        with self._pool.borrow(first, guidance, noise, batch_size) as slots:
+            while True:
+                for slot in slots.free:
+                    request = next(waiting, None)
+                    if request is None:
+                        break
+                    slots.enter(slot, request)
+                if slots.is_empty:
+                    return
+                yield from slots.step()
 
     @property
     def _shape(self) -> tuple[int, int, int]:

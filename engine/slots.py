@@ -5,8 +5,9 @@ Slots take the network's result, their row's coefficients and their own noise, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ _TIMESTEP = COLUMNS.index("timestep")
 _NOISE_SCALE = COLUMNS.index("S")
 _KNOWN_NOISE = COLUMNS.index("N")
 _PUSH = COLUMNS.index("push")
+_PERCENTILE = COLUMNS.index("percentile")
 _COEFFICIENTS = [name for name in COLUMNS if name not in ("timestep", "push")]
 _OLDER = 3
 
@@ -53,12 +55,25 @@ class Request:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """What one step did to one slot: x_prev and x0 [C, H, W], and whether the image is finished."""
+    """What one step did to one slot, and whether the image is finished.
+
+    images: reads x_prev and x0, which may be a copy from a device, and which must be read before the next step unless
+    the image is finished; later it raises RequestError where the slots have gone on.
+    """
 
     request: Request
-    x_prev: Tensor
-    x0: Tensor
     is_last: bool
+    images: Callable[[], tuple[Tensor, Tensor]]
+
+    @property
+    def x_prev(self) -> Tensor:
+        """[C, H, W] after the step."""
+        return self.images()[0]
+
+    @property
+    def x0(self) -> Tensor:
+        """[C, H, W] that the step went by."""
+        return self.images()[1]
 
 
 def label_tensor(config: UNetConfig, requests: Sequence[Request]) -> Tensor | None:
@@ -144,7 +159,7 @@ class Slots:
             request = self._requests[slot]
             assert request is not None
             is_last = bool(self._row[slot] == len(request.table))
-            steps.append(Step(request, x_prev[position], x0[position], is_last))
+            steps.append(Step(request, is_last, partial(_pair, x_prev[position], x0[position])))
             if is_last:
                 self._requests[slot] = None
         return steps
@@ -159,7 +174,10 @@ class Slots:
             cond = self._x0[live]
         out, unlabelled = self._call(x_t, timestep, label, cond, self._cfg_active(live, requests))
         columns = torch.from_numpy(rows)[:, :, None, None, None]
-        row = Coefficients(**{name: columns[:, COLUMNS.index(name)] for name in _COEFFICIENTS})
+        values: dict[str, Tensor | None] = {name: columns[:, COLUMNS.index(name)] for name in _COEFFICIENTS}
+        if not rows[:, _PERCENTILE].any():
+            values["percentile"] = None
+        row = Coefficients(**values)  # type: ignore[arg-type]
         result = solver_update(
             row,
             x_t,
@@ -195,7 +213,8 @@ class Slots:
         if self._prediction is not Prediction.EPS:
             where = list(unlabelled)
             a, b = row.A[where], row.B[where]
-            x0 = limit_x0(a * x_t[where] + b * raw[where], row.clip[where], row.percentile[where])
+            percentile = None if row.percentile is None else row.percentile[where]
+            x0 = limit_x0(a * x_t[where] + b * raw[where], row.clip[where], percentile)
             raw[where] = (x0 - a * x_t[where]) / b
         return raw
 
@@ -278,3 +297,7 @@ class Slots:
         z = torch.zeros(len(live), *self._shape)
         z[needs] = torch.from_numpy(self._noise(seeds, draws, self._shape, stream))
         return z
+
+
+def _pair(x_prev: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+    return x_prev, x0

@@ -87,7 +87,9 @@ def fir_upsample(x: Tensor) -> Tensor:
 
 def _fir_kernel(x: Tensor) -> Tensor:
     """[C, 1, 4, 4], the sum over a channel is 64."""
-    line = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device)
+    # Made on the device: a copy from the host cannot be part of a CUDA graph.
+    line = torch.ones(4, dtype=x.dtype, device=x.device)
+    line[1:3] = 3.0
     return torch.outer(line, line).expand(x.shape[1], 1, 4, 4)
 
 
@@ -126,12 +128,15 @@ def _sin_and_cos(angle: Tensor, order: str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """One row of a solver's table for each image: tensors [B, 1, 1, 1], float32, named as in solver_update."""
+    """One row of a solver's table for each image: tensors [B, 1, 1, 1], float32, named as in solver_update.
+
+    percentile: None where no image has one.
+    """
 
     A: Tensor
     B: Tensor
     clip: Tensor
-    percentile: Tensor
+    percentile: Tensor | None
     H: Tensor
     L0: Tensor
     L1: Tensor
@@ -165,15 +170,15 @@ def _term(coefficient: Tensor, operand: Tensor) -> Tensor:
     return torch.where(coefficient != 0, coefficient * operand, 0.0)
 
 
-def limit_x0(x0: Tensor, clip: Tensor, percentile: Tensor) -> Tensor:
+def limit_x0(x0: Tensor, clip: Tensor, percentile: Tensor | None) -> Tensor:
     """x0 [B, C, H, W] kept in a range; clip and percentile are [B, 1, 1, 1].
 
-    Where percentile is 0: clamp(x0, -clip, clip), clip inf for no limit. Elsewhere dynamic thresholding: with s the
-    quantile of an image's |x0| at percentile (in (0, 1], linear between elements), raised to 1 and cut at clip,
+    Where percentile is None or 0: clamp(x0, -clip, clip), clip inf for no limit. Elsewhere dynamic thresholding: with
+    s the quantile of an image's |x0| at percentile (in (0, 1], linear between elements), raised to 1 and cut at clip,
     clamp(x0, -s, s) / s. Saharia et al., Imagen (2022), section 2.3; the cut is diffusers' sample_max_value.
     """
     fixed = torch.maximum(torch.minimum(x0, clip), -clip)
-    if not bool((percentile > 0).any()):
+    if percentile is None:
         return fixed
     magnitudes = x0.abs().flatten(1).sort(dim=1).values
     # In float64, because a position among more than 2^24 / 100 elements has no exact fraction in float32.

@@ -25,8 +25,8 @@ ARROWS = {
 
 # Optional package -> the files that may import it, inside functions only.
 OPTIONAL = {
-    "tensorrt": ["export/trt_build.py"],
-    "tensorrt_rtx": ["export/trt_build.py"],
+    "tensorrt": ["export/trt_build.py", "engine/backends/trt_library.py"],
+    "tensorrt_rtx": ["export/trt_build.py", "engine/backends/trt_library.py"],
     "openvino": ["engine/backends/ov.py"],
     "onnxruntime": ["engine/backends/ort.py"],
     "onnx": ["export/*.py"],

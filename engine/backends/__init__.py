@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.backends.trt_library import PREFERRED, find_plans, reason_against
 from engine.bundle import (
     CLASSIFIER_FP16_NAME,
     CLASSIFIER_NAME,
@@ -80,7 +81,8 @@ def _choices() -> tuple[_Choice, ...]:
         _Choice("ort", ("fp32", "fp16"), {"fp32": ONNX_NAME, "fp16": FP16_ONNX_NAME}, _missing("onnxruntime", "onnx")),
         _Choice("eager", eager, dict.fromkeys(eager, WEIGHTS_NAME), lambda: None),
     )
-    return tuple(reversed(choices)) if torch.cuda.is_available() else choices
+    trt = _Choice("trt", PREFERRED, {}, lambda: None)
+    return (trt, *reversed(choices)) if torch.cuda.is_available() else (*choices, trt)
 
 
 def open_backend(
@@ -88,9 +90,10 @@ def open_backend(
 ) -> Backend:
     """Open a bundle's network on the fastest backend that this machine and the bundle support.
 
-    name: "auto", "ov" (OpenVINO), "ort" (ONNX Runtime) or "eager" (torch). precision: None takes fp32 for ov and
-    ort, fp32 for eager on a CPU and fp16 on CUDA. threads: CPU threads, None for all cores. Which one was taken and
-    why is logged. Raises BackendError, MissingPackageError or BundleError.
+    name: "auto", "trt" (TensorRT), "ov" (OpenVINO), "ort" (ONNX Runtime) or "eager" (torch). precision: None takes
+    fp32 for ov and ort, fp32 for eager on a CPU and fp16 on CUDA, fp16 for trt where the bundle has such a plan.
+    threads: CPU threads, None for all cores. Which one was taken and why is logged. Raises BackendError,
+    MissingPackageError or BundleError.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     if threads is not None and threads < 1:
@@ -106,6 +109,8 @@ def open_backend(
         if reason is None:
             taken = precision or choice.precisions[0]
             logger.info("backend %s in %s%s", choice.name, taken, f" ({'; '.join(rejected)})" if rejected else "")
+            if choice.name == "trt":
+                return _open_trt(opened, precision)
             return _open(choice.name, opened, taken, choice.needs[taken], threads)
         rejected.append(f"{choice.name}: {reason}")
     raise BackendError("no backend can run this bundle here: " + "; ".join(rejected))
@@ -114,10 +119,18 @@ def open_backend(
 def _reason_against(choice: _Choice, bundle: Bundle, precision: str | None) -> str | None:
     if precision is not None and precision not in choice.precisions:
         return f"it offers {', '.join(choice.precisions)}, not {precision}"
+    if choice.name == "trt":
+        return reason_against(bundle, precision)
     artefact = choice.needs[precision or choice.precisions[0]]
     if not bundle.has(artefact):
         return f"the bundle holds no {artefact}"
     return choice.reason_against()
+
+
+def _open_trt(bundle: Bundle, precision: str | None) -> Backend:
+    from engine.backends.trt import TrtBackend
+
+    return TrtBackend(bundle, precision)
 
 
 def _open(name: str, bundle: Bundle, precision: str, artefact: str, threads: int | None) -> Backend:
@@ -143,6 +156,7 @@ def open_guide(
     """The bundle's classifier as an exported gradient graph, without torch autograd.
 
     backend: of the U-Net, whose library is taken where it can run the graph; otherwise OpenVINO, else ONNX Runtime.
+    Beside trt that takes a plan of the classifier for this machine, which then is part of the CUDA graph.
     precision: "fp16" takes classifier.fp16.onnx on ort where the bundle has it; everything else is fp32, also beside a
     bf16 U-Net. threads: CPU threads, None for all cores. Raises BundleError for a bundle without a classifier and
     BackendError where neither library is installed.
@@ -153,6 +167,15 @@ def open_guide(
             f"{bundle.path} holds no classifier; pass its file with --classifier, or build the bundle again with: "
             "python -m export.to_trt CHECKPOINT --classifier FILE"
         )
+    if backend == "trt":
+        try:
+            plans = find_plans(bundle, "classifier", None)
+        except BackendError as error:
+            logger.warning("classifier without TensorRT, each step waits for it: %s", error)
+        else:
+            from engine.backends.trt import TrtGuide
+
+            return TrtGuide(entry.config, bundle, plans)
     libraries = {"ov": _missing("openvino", "cpu"), "ort": _missing("onnxruntime", "onnx")}
     order = sorted(libraries, key=lambda name: name != backend)
     reasons = {name: libraries[name]() for name in order}

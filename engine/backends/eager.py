@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -55,8 +56,36 @@ class EagerBackend:
         finally:
             torch.set_num_threads(before)
 
+    def fit(self, batch: int) -> int:
+        """Any batch runs as it is."""
+        return batch
+
+    def bind(self, buffers: Mapping[str, Tensor]) -> BoundUNet:
+        """See engine.step_program.Capturable; raises BackendError once closed."""
+        if self._unet is None:
+            raise BackendError("this backend was closed; open the bundle again")
+        return BoundUNet(self._unet, buffers)
+
     def close(self) -> None:
         self._unet = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BoundUNet:
+    """A call of the network from buffers to a buffer; see engine.step_program.Bound."""
+
+    unet: UNet
+    buffers: Mapping[str, Tensor]
+
+    def enqueue(self, stream: object) -> None:
+        """On torch's current stream, which is the one given."""
+        given = self.buffers
+        with torch.no_grad():
+            out = self.unet(given["x_t"], given["timestep"], given.get("y"), given.get("cond"))
+        given["out"].copy_(out)
+
+    def check_capturable(self, stream: object) -> None:
+        """PyTorch's kernels can be captured."""
 
 
 def _in_precision(unet: UNet, dtype: torch.dtype) -> UNet:
