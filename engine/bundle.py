@@ -70,8 +70,40 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class FusionReport:
+    """What a plan's build log says of its kernels.
+
+    launches: kernels. norm_silu, attention: kernels that are a whole group norm with SiLU, or a whole attention; the
+    counts expected are the ONNX graph's, and unfused names its nodes that are in no such kernel. kernel_types:
+    kernels by the type they write, "Half" say. fp32_activations: fp32 images between two kernels. traffic_bytes:
+    activations read and written by one run, None where the batch is not fixed. activation_bytes, weight_bytes: memory
+    for the largest batch.
+    """
+
+    launches: int
+    norm_silu: int
+    norm_silu_expected: int
+    attention: int
+    attention_expected: int
+    unfused: tuple[str, ...]
+    kernel_types: dict[str, int]
+    fp32_activations: tuple[str, ...]
+    traffic_bytes: int | None
+    activation_bytes: int
+    weight_bytes: int
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> FusionReport:
+        lists = {name: tuple(data[name]) for name in ("unfused", "fp32_activations")}
+        return cls(**data | lists)
+
+
+@dataclass(frozen=True, slots=True)
 class PlanEntry:
-    """A TensorRT plan: library and version that built it, targets such as "sm89", batch profile (min, opt, max)."""
+    """A TensorRT plan: library and version that built it, targets such as "sm89", batch profile (min, opt, max).
+
+    A static plan's three batches are equal. fusion: None where the library's log does not tell.
+    """
 
     file: str
     library: str
@@ -79,6 +111,17 @@ class PlanEntry:
     targets: tuple[str, ...]
     batch_profile: tuple[int, int, int]
     precision: str
+    fusion: FusionReport | None = None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PlanEntry:
+        fusion = data.get("fusion")
+        changes = {
+            "targets": tuple(data["targets"]),
+            "batch_profile": tuple(data["batch_profile"]),
+            "fusion": None if fusion is None else FusionReport.from_dict(fusion),
+        }
+        return cls(**data | changes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,10 +201,7 @@ class Manifest:
             checkpoint_sha256=data["checkpoint_sha256"],
             assumptions=tuple((a[0], a[1], a[2]) for a in data["assumptions"]),
             files={name: FileEntry(**entry) for name, entry in data["files"].items()},
-            plans=tuple(
-                PlanEntry(**plan | {"targets": tuple(plan["targets"]), "batch_profile": tuple(plan["batch_profile"])})
-                for plan in data["plans"]
-            ),
+            plans=tuple(PlanEntry.from_dict(plan) for plan in data["plans"]),
             precision=dict(data["precision"]),
             verification=tuple(Measurement(**m) for m in data["verification"]),
             versions=dict(data["versions"]),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.bundle import Bundle
+from engine.bundle import Bundle, FusionReport
 from engine.cli_info import measurement_table
 from engine.command import run_command
 from engine.errors import OutputError
@@ -125,5 +125,17 @@ def describe(bundle: Bundle) -> str:
         made_by = f"{plan.library} {plan.library_version}"
         batches = f"batch {low} to {high} (best {best})"
         lines.append(f"{plan.file}: {made_by}, {plan.precision}, {batches}, {' '.join(plan.targets)}")
+        if plan.fusion is not None:
+            lines.append(f"  {_fusion(plan.fusion)}")
     checks = measurement_table(manifest.verification) if manifest.verification else "nothing was verified"
     return "\n".join([*lines, "", checks])
+
+
+def _fusion(report: FusionReport) -> str:
+    types = ", ".join(f"{count} {name}" for name, count in sorted(report.kernel_types.items()))
+    moved = "" if report.traffic_bytes is None else f"{report.traffic_bytes / 1e6:.1f} MB of activations moved, "
+    return (
+        f"{report.launches} kernels ({types}); fused: {report.norm_silu} of {report.norm_silu_expected} norm+SiLU, "
+        f"{report.attention} of {report.attention_expected} attention; {moved}{report.activation_bytes / 1e6:.1f} MB "
+        f"of activations held, {report.weight_bytes / 1e6:.1f} MB of weights"
+    )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engine.backends.eager import checkpoint_manifest
 from engine.bundle import (
+    CLASSIFIER_FP16_NAME,
     FP16_ONNX_NAME,
     ONNX_NAME,
     WEIGHTS_NAME,
@@ -61,7 +62,7 @@ def export_bundle(
     """Make the bundle `out` from a checkpoint, whole or not at all; a bundle of that name is replaced.
 
     classifier: whose input gradient goes into classifier.onnx beside the network (export.gradient). fp16: also write
-    unet.fp16.onnx, and classifier.fp16.onnx. make_plans: called with the former's path once it is verified. report:
+    unet.fp16.onnx, and classifier.fp16.onnx. make_plans: called with the path of each once both are verified. report:
     told of each step. Raises CheckpointError for a classifier in the U-Net's place or one that does not fit it,
     ExportError for an artefact that cannot be built or differs by too much, OutputError for a folder that cannot be
     written or is no bundle, MissingPackageError without onnx.
@@ -90,8 +91,11 @@ def export_bundle(
         plans: tuple[PlanEntry, ...] = ()
         if make_plans is not None:
             report("building plans")
-            plans = make_plans(folder / FP16_ONNX_NAME)
-            precision |= {plan.file: f"as {FP16_ONNX_NAME}, from which it was built" for plan in plans}
+            for name in (FP16_ONNX_NAME, CLASSIFIER_FP16_NAME):
+                if (folder / name).exists():
+                    made = make_plans(folder / name)
+                    precision |= {plan.file: f"as {name}, from which it was built" for plan in made}
+                    plans += made
         versions = library_versions() | {plan.library: plan.library_version for plan in plans}
         write_manifest(
             folder,

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from engine.bundle import Bundle, PlanEntry
 from engine.checkpoint import Checkpoint
-from engine.config import UNetConfig
 from export import cli
+from export.plan_cache import plan_cache_folder
 from export.to_onnx import export_bundle, read_checkpoint, read_classifier
-from export.trt_build import DEFAULT_BATCH, RTX_PIP_LINE, PlanBuilder, find_builders
+from export.trt_build import DEFAULT_BATCH, RTX_PIP_LINE, Profile, find_builders
 
 logger = logging.getLogger(__name__)
 
@@ -29,22 +29,23 @@ def export_trt_bundle(
     *,
     classifier: Checkpoint | None = None,
     targets: tuple[str, ...] | None = None,
-    batch: tuple[int, int, int] = DEFAULT_BATCH,
+    batches: Sequence[Profile] = (DEFAULT_BATCH,),
+    cache: Path | None = None,
     report: cli.Report = logger.info,
 ) -> Bundle:
     """Make the bundle `out` with fp32 and fp16 ONNX and a plan of each TensorRT that works here.
 
     classifier: whose gradient goes in too, in fp32 and fp16. targets: compute capabilities such as "sm89" for
-    TensorRT-RTX, None for all it knows. batch: smallest, best and largest batch of a plan. Raises what
-    export.to_onnx.export_bundle raises, and ExportError for a target that is unknown or cannot be built. Without
-    TensorRT the bundle has no plan and a warning is logged.
+    TensorRT-RTX, None for all it knows. batches: smallest, best and largest batch of each plan. cache: folder of built
+    plans, None for none. Raises what export.to_onnx.export_bundle raises, and ExportError for a target that is unknown
+    or cannot be built. Without TensorRT the bundle has no plan and a warning is logged.
     """
     builders = find_builders(targets)
     if not builders:
         logger.warning("no TensorRT is installed here, so no plan is built; install it with: %s", RTX_PIP_LINE)
 
     def make_plans(onnx: Path) -> tuple[PlanEntry, ...]:
-        return _build(builders, onnx, checkpoint.config, batch)
+        return tuple(builder.build(onnx, batch, "fp16", cache) for builder in builders for batch in batches)
 
     return export_bundle(
         checkpoint,
@@ -56,13 +57,6 @@ def export_trt_bundle(
     )
 
 
-def _build(
-    builders: Sequence[PlanBuilder], onnx: Path, config: object, batch: tuple[int, int, int]
-) -> tuple[PlanEntry, ...]:
-    assert isinstance(config, UNetConfig)
-    return tuple(builder.build(onnx, config, batch, "fp16") for builder in builders)
-
-
 def parse_targets(text: str) -> tuple[str, ...]:
     """ "sm86,sm89" as ("sm86", "sm89"), each once."""
     targets = tuple(dict.fromkeys(part.strip().lower() for part in text.split(",") if part.strip()))
@@ -71,20 +65,26 @@ def parse_targets(text: str) -> tuple[str, ...]:
     return targets
 
 
-def parse_batch(text: str) -> tuple[int, int, int]:
-    """ "1:8:64" as (1, 8, 64); the numbers ascend."""
+def parse_batches(text: str) -> tuple[Profile, ...]:
+    """ "1:8:64" as ((1, 8, 64),), one plan for a range; "1,8" as ((1, 1, 1), (8, 8, 8)), a static plan each."""
     try:
-        low, best, high = (int(part) for part in text.split(":"))
+        if ":" in text:
+            low, best, high = (int(part) for part in text.split(":"))
+            profiles = [(low, best, high)]
+        else:
+            profiles = [(size, size, size) for size in dict.fromkeys(int(part) for part in text.split(","))]
     except ValueError:
-        low, best, high = 0, 0, 0
-    if not 1 <= low <= best <= high:
-        raise argparse.ArgumentTypeError(f'{text!r}: expected smallest:best:largest batch, such as "1:8:64"')
-    return low, best, high
+        profiles = [(0, 0, 0)]
+    if not all(1 <= low <= best <= high for low, best, high in profiles):
+        raise argparse.ArgumentTypeError(
+            f'{text!r}: expected smallest:best:largest batch, such as "1:8:64", or fixed batches, such as "1,8,64"'
+        )
+    return tuple(profiles)
 
 
 EXAMPLES = """examples:
   python -m export.to_trt assets/digits.pt --image-size 32 --num-head-channels 32 --noise-schedule cosine
-  python -m export.to_trt ema_0.9999_500000.pt --family openai-improved --target sm86,sm89 --batch 1:16:128
+  python -m export.to_trt ema_0.9999_500000.pt --family openai-improved --target sm86,sm89 --batch 1,16,128
 """
 
 
@@ -101,11 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--batch",
-        type=parse_batch,
-        metavar="MIN:OPT:MAX",
-        default=DEFAULT_BATCH,
-        help="smallest, best and largest batch of the plans (default 1:8:64)",
+        type=parse_batches,
+        metavar="MIN:OPT:MAX|N,...",
+        default=(DEFAULT_BATCH,),
+        help="smallest, best and largest batch of the plan (default 1:8:64), or fixed batches with a plan each",
     )
+    parser.add_argument("--no-cache", action="store_true", help="build every plan anew and keep none for later")
 
     def work(args: argparse.Namespace) -> Bundle:
         find_builders(args.target)  # a wrong target is said before the work begins
@@ -117,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 cli.output_folder(args),
                 classifier=classifier,
                 targets=args.target,
-                batch=args.batch,
+                batches=args.batch,
+                cache=None if args.no_cache else plan_cache_folder(),
                 report=report,
             )
 

@@ -14,33 +14,74 @@ from typing import Any
 
 import torch
 
-from engine.bundle import PlanEntry
-from engine.config import LabelInput, UNetConfig
+from engine.bundle import FusionReport, PlanEntry
 from engine.errors import ExportError
+from export.fusion import fusable, fusion_report, warn_unfused
+from export.plan_cache import load_plan, plan_key, store_plan
 
 RTX_PIP_LINE = "pip install 'unet-rt[trt]'"
-DEFAULT_BATCH = (1, 8, 64)
+Profile = tuple[int, int, int]
+"""Smallest, best and largest batch of a plan; three times the same is a static plan."""
+
+DEFAULT_BATCH: Profile = (1, 8, 64)
+
+DATACENTRE_TARGETS = ("sm90", "sm100")
+"""Hopper and Blackwell data-centre GPUs: only `tensorrt` builds for them, on the GPU itself."""
+
+_FLAGS = ("REQUIRE_USER_ALLOCATION",)
+"""Set where the library has them: TensorRT-RTX captures a plan in a CUDA graph only if its memory is the caller's."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanBuilder:
     """One installed library and what it builds here.
 
-    trt: the module. library: its import name. file: the plan's name in the bundle. targets: such as "sm89".
+    trt: the module. library: its import name. suffix: of the plan's name in the bundle, "rtx.plan" say. targets: such
+    as "sm89". device: name of the GPU that a plan is timed on, None where it is timed on none.
     """
 
     trt: Any
     library: str
-    file: str
+    suffix: str
     targets: tuple[str, ...]
+    device: str | None = None
 
-    def build(self, onnx: Path, config: UNetConfig, batch: tuple[int, int, int], precision: str) -> PlanEntry:
+    def build(self, onnx: Path, batch: Profile, precision: str, cache: Path | None = None) -> PlanEntry:
         """Write the plan beside the ONNX file it is built from, and return its entry for the manifest.
 
-        batch: smallest, best and largest batch. Raises ExportError with the library's last error lines.
+        batch: smallest, best and largest batch. cache: folder of built plans (export.plan_cache), None for none.
+        Raises ExportError with the library's last error lines.
         """
+        file = self.plan_name(onnx, batch)
+        key = None if cache is None else plan_key(onnx, self._configuration(batch))
+        kept = None if cache is None or key is None else load_plan(cache, key)
+        plan, fusion = kept or self._build(onnx, file, batch)
+        if cache is not None and key is not None and kept is None:
+            store_plan(cache, key, plan, fusion)
+        if fusion is not None:
+            warn_unfused(file, fusion)
+        (onnx.parent / file).write_bytes(plan)
+        return PlanEntry(file, self.library, str(self.trt.__version__), self.targets, batch, precision, fusion)
+
+    def plan_name(self, onnx: Path, batch: Profile) -> str:
+        """ "unet.rtx.plan" from unet.fp16.onnx, with a static batch "unet.b8.rtx.plan"."""
+        network = onnx.name.split(".")[0]
+        return f"{network}.b{batch[0]}.{self.suffix}" if batch[0] == batch[2] else f"{network}.{self.suffix}"
+
+    def _configuration(self, batch: Profile) -> dict[str, object]:
+        """Everything beside the network that decides what the library makes."""
+        return {
+            "library": self.library,
+            "version": str(self.trt.__version__),
+            "targets": self.targets,
+            "device": self.device,
+            "batch": batch,
+            "flags": [name for name in _FLAGS if hasattr(self.trt.BuilderFlag, name)],
+        }
+
+    def _build(self, onnx: Path, file: str, batch: Profile) -> tuple[bytes, FusionReport | None]:
         trt, log = self.trt, _log(self.trt)
-        log.errors.clear()
+        log.clear()
         builder = trt.Builder(log)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, log)
@@ -49,16 +90,20 @@ class PlanBuilder:
             raise self._failure(f"cannot read {onnx.name}", reasons or log.errors)
         options = builder.create_builder_config()
         options.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        options.add_optimization_profile(_profile(builder, network, config, batch))
+        for name in _FLAGS:
+            if hasattr(trt.BuilderFlag, name):
+                options.set_flag(getattr(trt.BuilderFlag, name))
+        options.add_optimization_profile(_profile(builder, network, batch))
         if hasattr(trt, "ComputeCapability"):
             options.num_compute_capabilities = len(self.targets)
             for index, target in enumerate(self.targets):
                 options.set_compute_capability(trt.ComputeCapability.__members__[target.upper()], index)
         plan = builder.build_serialized_network(network, options)
         if plan is None:
-            raise self._failure(f"cannot build {self.file} for {', '.join(self.targets)}", log.errors)
-        (onnx.parent / self.file).write_bytes(plan)
-        return PlanEntry(self.file, self.library, str(trt.__version__), self.targets, batch, precision)
+            raise self._failure(f"cannot build {file} for {', '.join(self.targets)}", log.errors)
+        report = fusion_report(log.kernels, fusable(onnx))
+        log.clear()
+        return bytes(plan), report
 
     def _failure(self, what: str, reasons: Any) -> ExportError:
         lines = "\n".join(f"  {reason}" for reason in list(reasons)[-5:]) or "  (it gave no reason)"
@@ -79,9 +124,15 @@ def find_builders(targets: tuple[str, ...] | None) -> tuple[PlanBuilder, ...]:
     rtx = _import_rtx()
     if rtx is not None:
         known = known_targets(rtx)
-        if unknown := [target for target in targets or () if target not in known]:
+        unknown = [target for target in targets or () if target not in known]
+        if datacentre_only := [target for target in unknown if target in DATACENTRE_TARGETS]:
+            raise ExportError(
+                f"{', '.join(datacentre_only)} is a data-centre GPU, which TensorRT-RTX does not build for; export "
+                "without --target on a machine with that GPU and the package tensorrt"
+            )
+        if unknown:
             raise ExportError(f"unknown target {', '.join(unknown)}; TensorRT-RTX knows {', '.join(known)}")
-        builders.append(PlanBuilder(rtx, "tensorrt_rtx", "unet.rtx.plan", targets or known))
+        builders.append(PlanBuilder(rtx, "tensorrt_rtx", "rtx.plan", targets or known))
     elif targets is not None:
         raise ExportError(
             f"--target {','.join(targets)} needs TensorRT-RTX, which is not installed; install it with: {RTX_PIP_LINE}"
@@ -89,7 +140,8 @@ def find_builders(targets: tuple[str, ...] | None) -> tuple[PlanBuilder, ...]:
     capability = _gpu_capability()
     datacentre = _import_tensorrt() if capability is not None else None
     if datacentre is not None:
-        builders.append(PlanBuilder(datacentre, "tensorrt", f"unet.trt.{capability}.plan", (str(capability),)))
+        device = torch.cuda.get_device_name()
+        builders.append(PlanBuilder(datacentre, "tensorrt", f"trt.{capability}.plan", (str(capability),), device))
     return tuple(builders)
 
 
@@ -98,18 +150,12 @@ def known_targets(rtx: Any) -> tuple[str, ...]:
     return tuple(name.lower() for name in rtx.ComputeCapability.__members__ if name.startswith("SM"))
 
 
-def _profile(builder: Any, network: Any, config: UNetConfig, batch: tuple[int, int, int]) -> Any:
+def _profile(builder: Any, network: Any, batch: Profile) -> Any:
     """One optimisation profile over the batch size of every input the network has."""
-    shapes = {
-        "x_t": (config.in_channels, *config.image_size),
-        "timestep": (),
-        "y": (config.time_channels,) if config.label is LabelInput.VECTOR else (),
-        "cond": (config.cond_channels, *config.image_size),
-    }
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
-        name = network.get_input(index).name
-        profile.set_shape(name, *((size, *shapes[name]) for size in batch))
+        tensor = network.get_input(index)
+        profile.set_shape(tensor.name, *((size, *tuple(tensor.shape)[1:]) for size in batch))
     return profile
 
 
@@ -143,14 +189,21 @@ def _log(trt: Any) -> Any:
     """The library's one logger: a process may have only one, so it is made once and its lines are cleared."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps the last error messages."""
+        """Keeps the last error messages, and the lines that export.fusion reads."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: deque[str] = deque(maxlen=20)
+            self.kernels: list[str] = []
+
+        def clear(self) -> None:
+            self.errors.clear()
+            self.kernels.clear()
 
         def log(self, severity: Any, msg: str) -> None:
             if severity <= trt.ILogger.Severity.ERROR:
                 self.errors.append(msg)
+            elif msg.startswith(("Layers:", "Total ")):
+                self.kernels += msg.splitlines()
 
     return Log()

@@ -211,10 +211,11 @@ def test_module_scope(scopes, module):
 
 def test_flags():
     assert to_trt.parse_targets("sm86, SM89,sm86") == ("sm86", "sm89")
-    assert to_trt.parse_batch("1:8:64") == (1, 8, 64)
-    for text in ("8", "0:1:2", "4:2:8", "1:2:x", "1:2:3:4"):
+    assert to_trt.parse_batches("1:8:64") == ((1, 8, 64),)
+    assert to_trt.parse_batches("1, 8,1") == ((1, 1, 1), (8, 8, 8))
+    for text in ("", "0", "1,x", "0:1:2", "4:2:8", "1:2:x", "1:2:3:4"):
         with pytest.raises(argparse.ArgumentTypeError, match="smallest:best:largest"):
-            to_trt.parse_batch(text)
+            to_trt.parse_batches(text)
     with pytest.raises(argparse.ArgumentTypeError, match="sm86"):
         to_trt.parse_targets(" , ")
 
