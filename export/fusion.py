@@ -97,8 +97,15 @@ def fusable(onnx: Path) -> Fusable:
         through_cast = any(node.op_type == "Cast" and feeds_silu(node.output[0]) for node in after)
         return through_cast or any(node.op_type == "Sigmoid" for node in after)
 
+    def feeds_one_product(name: str) -> bool:
+        after = readers.get(name, [])
+        if len(after) == 1 and after[0].op_type == "Cast":
+            return feeds_one_product(after[0].output[0])
+        return [node.op_type for node in after] == ["MatMul"]
+
     norms = [node for node in graph.node if node.op_type == "GroupNormalization" and feeds_silu(node.output[0])]
-    attention = [node for node in graph.node if node.op_type == "Softmax"]
+    # A gradient reads its softmaxes again, so that their attention cannot be one kernel.
+    attention = [node for node in graph.node if node.op_type == "Softmax" and feeds_one_product(node.output[0])]
     return Fusable(tuple(node.name for node in norms), tuple(node.name for node in attention))
 
 
@@ -137,15 +144,26 @@ def _traffic_bytes(kernels: Iterable[Kernel]) -> int | None:
 
 
 def _fp32_between(kernels: Iterable[Kernel]) -> tuple[str, ...]:
-    """fp32 images that one kernel writes and another reads; statistics and vectors have no height and width."""
+    """fp32 images from a kernel that reads half precision to one that writes it.
+
+    Statistics and vectors have no height and width; the network's own fp32 input and output lie at its ends.
+    """
     kernels = tuple(kernels)
-    read = {tensor.name for kernel in kernels for tensor in kernel.inputs}
-    written = {tensor.name: tensor for kernel in kernels for tensor in kernel.outputs if tensor.name in read}
-    return tuple(
-        name
-        for name, tensor in written.items()
-        if tensor.type == "Float" and len(tensor.shape) == 4 and min(tensor.shape[1:]) > 1
-    )
+    half = ("Half", "BFloat16")
+    written = {
+        tensor.name: tensor
+        for kernel in kernels
+        if any(operand.type in half for operand in kernel.inputs)
+        for tensor in kernel.outputs
+    }
+    read = [
+        tensor.name
+        for kernel in kernels
+        if any(result.type in half for result in kernel.outputs)
+        for tensor in kernel.inputs
+    ]
+    images = [written[name] for name in dict.fromkeys(read) if name in written]
+    return tuple(t.name for t in images if t.type == "Float" and len(t.shape) == 4 and min(t.shape[1:]) > 1)
 
 
 def warn_unfused(file: str, report: FusionReport) -> None:

@@ -8,17 +8,18 @@ Where no TensorRT is installed the bundle is made without a plan and runs on the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.bundle import Bundle, PlanEntry
+from engine.bundle import CLASSIFIER_FP16_NAME, Bundle, PlanEntry
 from engine.checkpoint import Checkpoint
 from export import cli
 from export.plan_cache import plan_cache_folder
 from export.to_onnx import export_bundle, read_checkpoint, read_classifier
-from export.trt_build import DEFAULT_BATCH, RTX_PIP_LINE, Profile, find_builders
+from export.trt_build import DEFAULT_BATCH, RTX_PIP_LINE, PlanBuilder, Profile, find_builders
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ def export_trt_bundle(
         logger.warning("no TensorRT is installed here, so no plan is built; install it with: %s", RTX_PIP_LINE)
 
     def make_plans(onnx: Path) -> tuple[PlanEntry, ...]:
-        return tuple(builder.build(onnx, batch, "fp16", cache) for builder in builders for batch in batches)
+        able = _with_fp32_products(builders) if onnx.name == CLASSIFIER_FP16_NAME else builders
+        return tuple(builder.build(onnx, batch, "fp16", cache) for builder in able for batch in batches)
 
     return export_bundle(
         checkpoint,
@@ -55,6 +57,18 @@ def export_trt_bundle(
         make_plans=make_plans if builders else None,
         report=report,
     )
+
+
+def _with_fp32_products(builders: Sequence[PlanBuilder]) -> tuple[PlanBuilder, ...]:
+    """The builders without sm75, which has no float32 matrix products; a classifier's cotangent takes them."""
+    able = []
+    for builder in builders:
+        targets = tuple(target for target in builder.targets if target != "sm75")
+        if targets != builder.targets:
+            logger.warning("the classifier's plan leaves out sm75, which has no float32 matrix products")
+        if targets:
+            able.append(dataclasses.replace(builder, targets=targets))
+    return tuple(able)
 
 
 def parse_targets(text: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from engine.guidance import ClassifierGuidance
 from export import gradient, gradient_rules, guidance, to_onnx, to_trt
 from export.guidance import GAINS, LIMITS, ClassifierResult, GuideCase, export_classifier
 from export.to_onnx import export_bundle
+from export.trt_build import find_builders
 
 # One traced graph in torch beside autograd, fp32, relative to the largest gradient: the same operators in another
 # order, twice through the network.
@@ -491,3 +493,23 @@ def test_export_refuses_a_classifier_that_does_not_fit(made, tmp_path, capsys):
     flags = ["--family", "openai-guided", "--image-size", "8", "--classifier", str(other)]
     assert to_onnx.main([str(made.unet), *flags, "--classifier-fact", "num_head_channels"]) == 2
     assert "--classifier-fact takes NAME=VALUE, got 'num_head_channels'" in capsys.readouterr().err
+
+
+@pytest.mark.trt
+def test_tensorrt_builds_the_gradient(made, tmp_path, caplog):
+    """A plan of the float16 graph, whose softmaxes feed the way back too and are not counted as attention to fuse.
+
+    Turing cannot: it is left out.
+    """
+    pytest.importorskip("tensorrt_rtx", reason="plans without a GPU need TensorRT-RTX: pip install tensorrt-rtx-cu13")
+    onnx = shutil.copy(made.bundle.file(CLASSIFIER_FP16_NAME), tmp_path)
+    (builder,) = to_trt._with_fp32_products(find_builders(("sm75", "sm86")))
+    plan = builder.build(Path(onnx), (1, 2, 4), "fp16")
+    assert plan.targets == ("sm86",)
+    assert "leaves out sm75" in caplog.text
+    assert to_trt._with_fp32_products(find_builders(("sm75",))) == ()
+    assert plan.file == "classifier.rtx.plan"
+    assert (tmp_path / plan.file).stat().st_size > 100_000
+    assert plan.fusion is not None
+    assert plan.fusion.launches > 20
+    assert (plan.fusion.attention_expected, plan.fusion.unfused) == (0, ())

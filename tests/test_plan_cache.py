@@ -63,10 +63,18 @@ def test_report_counts_what_was_fused(caplog):
 
 
 def test_an_fp32_image_between_kernels_is_named():
-    log = (line("__myl_A", "", "Float", name="x"), line("__myl_B", "", "Float", name="out"))
-    report = fusion_report(log, Fusable((), ()))
-    assert report is not None
-    assert report.fp32_activations == ("x",)
+    """From a kernel that reads half precision to one that writes it; the network's own ends do not count."""
+    floats, half = line("__myl_A", "", "Float", name="x"), line("__myl_B", "", name="y")
+    writes_float = floats.replace("Datatype: Float", "Datatype: Half", 1)
+    reads_float = half.replace("Datatype: Half", "Datatype: Float", 1)
+    for log, found in (
+        ((writes_float, reads_float), ("x",)),
+        ((floats, reads_float), ()),
+        ((writes_float, floats), ()),
+    ):
+        report = fusion_report(log, Fusable((), ()))
+        assert report is not None
+        assert report.fp32_activations == found
 
 
 def test_traffic_of_an_open_batch_is_not_known():
