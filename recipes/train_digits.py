@@ -165,6 +165,25 @@ def start_model(run: Run) -> UNet:
     return model
 
 
+class Forward:
+    """A network's prediction and variance, of which the variance trains its own weights in the last layer alone.
+
+    At the last timesteps the variational term is large, and its gradient would take the whole network with it.
+    """
+
+    def __init__(self, model: UNet) -> None:
+        self.model, self.last = model, model.blocks[-1]
+        self.features = torch.empty(0)
+        self.last.register_forward_pre_hook(self._keep)
+
+    def _keep(self, _module: object, inputs: tuple[Tensor, ...]) -> None:
+        self.features = inputs[0]
+
+    def __call__(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        out = self.model(x_t, t.float(), y)
+        return torch.cat([out[:, :1], self.last(self.features.detach())[:, 1:]], dim=1)
+
+
 @torch.no_grad()
 def guided_target(teacher: UNet, guide: float, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """x0 by classifier-free guidance (Ho & Salimans, 2022, eq. 6) of scale 1 + guide; unguided where y is NULL."""
@@ -192,7 +211,7 @@ def train(work: Path, run: Run) -> None:
         ema, start = state["ema"], state["iteration"]
         generator.set_state(state["generator"])
         trim_log(work / "log.csv", start)
-    diffusion = Diffusion()
+    diffusion, forward = Diffusion(), Forward(model)
     sums, clock = np.zeros(2), time.monotonic()
     for iteration in range(start, total):
         rows = torch.randint(len(data.images), (BATCH,), generator=generator)
@@ -206,7 +225,7 @@ def train(work: Path, run: Run) -> None:
         stride = torch.tensor(STRIDES)[torch.randint(len(STRIDES), (BATCH,), generator=generator)]
         with torch.autocast("cpu", torch.bfloat16, enabled=run.is_bf16):
             target = x0 if teacher is None else guided_target(teacher, run.guide, x_t, t, y)
-            out = model(x_t, t.float(), y)
+            out = forward(x_t, t, y)
         mse, bound = diffusion.losses(out, target, x0, x_t, t, stride)
         optimizer.zero_grad(set_to_none=True)
         (mse + bound).backward()
