@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --progress-bar off -c constraints.txt
-EXTRAS := onnx,cpu,trt,train,dev
+EXTRAS := onnx,cpu,trt,train,bench,dev
 
 # Their metadata asks for torchvision, which nothing here needs and which would replace torch by a CUDA build.
 NO_DEPS := denoising-diffusion-pytorch pytorch-fid

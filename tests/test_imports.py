@@ -33,7 +33,7 @@ OPTIONAL = {
     "onnxscript": ["export/*.py"],
     "triton": ["kernels/triton_*.py"],
     "mlxtend": ["recipes/digits_data.py"],
-    "diffusers": [],
+    "diffusers": ["benchmarks/random_models.py"],
     "torchvision": [],
 }
 
