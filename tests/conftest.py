@@ -13,6 +13,10 @@ import torch
 
 GOLDEN_VARIABLE = "UNET_RT_GOLDEN"
 
+# Before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # A busy machine must not fail a property test by its clock, and CI tries the same examples every time.
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
