@@ -299,7 +299,7 @@ def _check(
         channels += second.shape[1]
     if weight.shape != (channels,) or bias.shape != (channels,) or channels % num_groups:
         raise ValueError(
-            f"weight {tuple(weight.shape)}, bias {tuple(bias.shape)}, {num_groups} groups do not fit {channels} channels"
+            f"weight {tuple(weight.shape)}, bias {tuple(bias.shape)}, {num_groups} groups, expected to fit {channels}"
         )
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift come together; one of them is None")
