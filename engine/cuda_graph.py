@@ -19,6 +19,7 @@ from engine.backends import Backend
 from engine.bundle import Manifest
 from engine.device import Device, cuda_device
 from engine.errors import BackendError, RequestError
+from engine.fused_update import update_for
 from engine.guidance import EVERYWHERE, ClassifierGuidance, Interval, require_null_class
 from engine.noise import NOISE, NoiseSource, normal
 from engine.slot_state import Arena, HostSlots, Placed, allocate_state
@@ -282,4 +283,5 @@ class SlotPool:
         if self._device is None:
             self._device = self._make_device()
         network: Any = self._backend
-        return GraphSlots(self._device, self._backend.manifest, network, capacity, guide, interval)
+        update = update_for(network.device)
+        return GraphSlots(self._device, self._backend.manifest, network, capacity, guide, interval, update)

@@ -9,6 +9,8 @@ The layout, B slots and an arena of R rows (all contiguous, allocated once, at a
     draw         [B] int32                   of the next step's noise; it rises by 1 with every replay
     x_t, x0      [B, C, H, W] float32        x0 of the step before; 0 when an image enters
     older        [3, B, C, H, W] float32     outs that rows with push have kept, newest first
+    arrived      [B] int32                   scratch of kernels.triton_update; 0 between steps
+    threshold    [B] float32                 scratch of kernels.triton_update
 
 Each table is followed by an identity row of its own (Q = 1), which is its images' `last`: a finished image stays as
 it is until the host fetches it.
@@ -57,6 +59,8 @@ class SlotState:
     cond: Tensor | None
     known: Tensor
     mask: Tensor
+    arrived: Tensor
+    threshold: Tensor
 
     @property
     def capacity(self) -> int:
@@ -115,6 +119,8 @@ def allocate_state(device: Device, config: UNetConfig, capacity: int) -> SlotSta
         cond=floats(capacity, config.cond_channels, *config.image_size) if has_cond else None,
         known=floats(capacity, *image),
         mask=floats(capacity, *image),
+        arrived=device.allocate((capacity,), torch.int32),
+        threshold=floats(capacity),
     )
     device.copy_in(state.arena[0], torch.from_numpy(identity_row(0.0)))
     device.copy_in(state.mask, torch.ones(()))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from triton_cases import DEVICE, assert_as_good_as_torch
 
 from kernels import reference
-from tests.triton_cases import DEVICE, assert_as_good_as_torch
 
 pytest.importorskip("triton")
 
