@@ -38,10 +38,10 @@ def plan_launch(head_dim: int, queries: int, keys: int, element_size: int) -> At
         raise ValueError(f"head_dim is {head_dim}, expected 1 to {_MOST_HEAD_DIM}; use kernels.reference.attention")
     dim_tile = _padded(head_dim)
     if element_size == 4:
-        query_tile, key_tile = (32, 32) if dim_tile <= 64 else (16, 16)
+        query_tile, key_tile = 32 if dim_tile <= 64 else 16, 16
         warps, stages = (4 if dim_tile <= 128 else 8), 1
     elif dim_tile <= 128:
-        query_tile, key_tile, warps, stages = 64, 64 if dim_tile <= 64 else 32, 4, 2
+        query_tile, key_tile, warps, stages = 64, 32, 4, 2
     elif dim_tile == 256:
         query_tile, key_tile, warps, stages = 64, 32, 8, 2
     else:

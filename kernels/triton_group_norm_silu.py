@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 8192
+_TILE = 4096
+"""Elements of a tile: 16 a thread; with 32 some architectures run out of registers."""
 _PROGRAMS = 256
 """About two for each multiprocessor of a large GPU."""
 _MOST_SPLITS = 64
@@ -165,7 +166,7 @@ def group_norm_silu_whole(x, second, weight, bias, scale, shift, y, groups, chan
     """Program (image, tile of groups): statistics, then the result."""
     image = tl.program_id(0)
     group0 = tl.program_id(1) * GROUP_TILE
-    size = (positions * GROUP_CHANNELS).to(tl.float32)
+    size = tl.cast(positions * GROUP_CHANNELS, tl.float32)
     if RESIDENT:
         channel, position, exists = _where_tile(0, positions, group0, groups, GROUP_TILE, CHANNEL_TILE,
                                                 POSITION_TILE, GROUP_CHANNELS)  # fmt: skip
@@ -222,7 +223,7 @@ def group_norm_silu_apply(x, second, weight, bias, scale, shift, partial, y, gro
     means = tl.load(at, mask=exists, other=0.0)
     squares = tl.load(at + 1, mask=exists, other=0.0)
     counts = tl.where(exists, tl.minimum(positions - part * chunk, chunk) * GROUP_CHANNELS, 0).to(tl.float32)
-    size = (positions * GROUP_CHANNELS).to(tl.float32)
+    size = tl.cast(positions * GROUP_CHANNELS, tl.float32)
     mean = tl.sum(means * counts, axis=1) / size
     deviation = means - mean[:, None]
     rstd = tl.rsqrt(tl.sum(squares + counts * deviation * deviation, axis=1) / size + eps)

@@ -25,8 +25,8 @@ _COLUMNS: tl.constexpr = tl.constexpr(len(ROW))
 _A, _B, _CLIP, _PERCENTILE, _P, _Q, _H, _L0, _L1, _E, _R, _G, _S, _K, _N, _O1, _O2, _O3, _PUSH = (
     tl.constexpr(index) for index in range(1, len(ROW))
 )
-_QUADS = 128
-_SELECT_TILE = 2048
+QUADS = 128
+SELECT_TILE = 2048
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,7 +140,7 @@ def solver_step(arena, rows, last, seed_low, seed_high, draw, arrived, x_t, x0, 
     x_prev = _term(tl.load(row + _P), clean) + _term(tl.load(row + _Q), x) + _term(tl.load(row + _E), implied)
     x_prev += _term(tl.load(row + _R), before)
     if HAS_EXTRAS:
-        image = slots.to(tl.int64) * elements
+        image = tl.cast(slots, tl.int64) * elements
         old1 = tl.load(older + at, mask=exists, other=0.0)
         old2 = tl.load(older + image + at, mask=exists, other=0.0)
         old3 = tl.load(older + 2 * image + at, mask=exists, other=0.0)
@@ -197,7 +197,7 @@ def abs_quantile(arena, rows, x_t, out, threshold, elements, out_stride, TILE: t
     percentile = tl.load(row + _PERCENTILE)
     line = tl.arange(0, TILE)
     if percentile > 0.0:
-        place = percentile.to(tl.float64) * (elements - 1).to(tl.float64)
+        place = percentile.to(tl.float64) * tl.cast(elements - 1, tl.float64)
         below = place.to(tl.int32)
         found = below * 0
         for bit in range(30, -1, -1):
@@ -235,13 +235,13 @@ def step(
     elements = state.x_t[0].numel()
     if extras:
         abs_quantile[(slots,)](
-            state.arena, state.row, state.x_t, out, state.threshold, elements, out.stride(0), _SELECT_TILE, num_warps=8
+            state.arena, state.row, state.x_t, out, state.threshold, elements, out.stride(0), SELECT_TILE, num_warps=8
         )
-    solver_step[(slots, triton.cdiv(elements, 4 * _QUADS))](
+    solver_step[(slots, triton.cdiv(elements, 4 * QUADS))](
         state.arena, state.row, state.last, state.seed_low, state.seed_high, state.draw, state.arrived, state.x_t,
         state.x0, out, out if grad is None else grad, out if raw_out is None else raw_out, state.older, state.known,
         state.mask, state.threshold, elements, slots, out.stride(0), 0 if raw_out is None else raw_out.stride(0),
-        _QUADS, noise, grad is not None, raw_out is not None, out.shape[1] == 2 * state.x_t.shape[1], extras,
+        QUADS, noise, grad is not None, raw_out is not None, out.shape[1] == 2 * state.x_t.shape[1], extras,
         num_warps=4,
     )  # fmt: skip
 
