@@ -20,6 +20,7 @@ from engine.command import run_command
 from engine.device import Device, cuda_device
 from engine.errors import BackendError, RequestError, UNetRTError
 from engine.files import atomic_path
+from engine.fused_update import update_for
 from engine.guidance import EVERYWHERE
 from engine.sampler import Sampler
 from engine.slot_state import Arena, HostSlots, allocate_state
@@ -108,7 +109,9 @@ def step_ways(name: str, backend: Any, device: Device, batch: int) -> dict[str, 
         host.enter(slot, placed.first, placed.last, slot, (0.0, 1.0, 0.0, 1.0, 0.0))
     device.copy_in(state.ints, torch.from_numpy(host.ints))
     device.copy_in(state.x_t, torch.randn(state.x_t.shape, generator=torch.Generator().manual_seed(0)))
-    program = StepProgram(device, state, manifest.config, manifest.diffusion.prediction, backend)
+    program = StepProgram(
+        device, state, manifest.config, manifest.diffusion.prediction, backend, None, update_for(backend.device)
+    )
     program.prepare(Variant())
     direct = partial(program.enqueue, Variant())
     direct()

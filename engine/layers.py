@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engine import config as c
 from engine.errors import ConfigError
+from engine.operators import UsesOperators
 from kernels import reference as ops
 
 _ACTIVATIONS: dict[c.Activation, Callable[[Tensor], Tensor]] = {
@@ -26,7 +27,7 @@ def activate(x: Tensor, activation: c.Activation) -> Tensor:
     return _ACTIVATIONS[activation](x)
 
 
-class Normalise(nn.Module):
+class Normalise(UsesOperators):
     """Any normalisation of engine.blocks.Norm; the block that owns it decides what is fused with it."""
 
     def __init__(self, channels: int, norm: c.Norm, groups: int, eps: float) -> None:
@@ -41,7 +42,7 @@ class Normalise(nn.Module):
         """x [B, C, H, W] -> same shape."""
         match self.norm:
             case c.Norm.GROUP:
-                return ops.group_norm(x, self.weight, self.bias, self.groups, self.eps)
+                return self.operators.group_norm(x, self.weight, self.bias, self.groups, self.eps)
             case c.Norm.RMS:
                 return ops.rms_norm(x, self.weight)
             case c.Norm.LAYER:
@@ -54,8 +55,17 @@ class Normalise(nn.Module):
     def activated(self, x: Tensor, activation: c.Activation) -> Tensor:
         """activation(norm(x)), in one operator where there is one."""
         if self.norm is c.Norm.GROUP and activation is c.Activation.SILU:
-            return ops.group_norm_silu(x, self.weight, self.bias, self.groups, self.eps)
+            return self.operators.group_norm_silu(x, self.weight, self.bias, self.groups, self.eps)
         return activate(self(x), activation)
+
+    def modulated(self, x: Tensor, projection: Tensor, activation: c.Activation) -> Tensor:
+        """activation(norm(x) * (1 + scale) + shift), in one operator where there is one; projection [B, 2C] is both."""
+        scale, shift = projection.chunk(2, dim=1)
+        if activation is not c.Activation.SILU:
+            return activate(self(x) * (1 + scale[:, :, None, None]) + shift[:, :, None, None], activation)
+        if self.norm is not c.Norm.GROUP:
+            return ops.scale_shift_silu(self(x), scale, shift)
+        return self.operators.adaptive_group_norm_silu(x, self.weight, self.bias, self.groups, self.eps, scale, shift)
 
 
 def resample(x: Tensor, how: c.Resample | None, fir: bool = False) -> Tensor:
@@ -96,7 +106,7 @@ class ResBlock(nn.Module):
         if projection is None:
             h = self.norm2.activated(h, act)
         elif self.block.scale_shift:
-            h = self._scale_shift(self.norm2(h), projection)
+            h = self.norm2.modulated(h, projection, act)
         else:
             h = self.norm2.activated(h + projection[:, :, None, None], act)
         return self.conv2(h)
@@ -104,14 +114,8 @@ class ResBlock(nn.Module):
     def _conv_first(self, x: Tensor, projection: Tensor | None) -> Tensor:
         act = self.block.activation
         h = self.conv1(x)
-        h = self.norm1.activated(h, act) if projection is None else self._scale_shift(self.norm1(h), projection)
+        h = self.norm1.activated(h, act) if projection is None else self.norm1.modulated(h, projection, act)
         return self.norm2.activated(self.conv2(h), act)
-
-    def _scale_shift(self, h: Tensor, projection: Tensor) -> Tensor:
-        scale, shift = projection.chunk(2, dim=1)
-        if self.block.activation is c.Activation.SILU:
-            return ops.scale_shift_silu(h, scale, shift)
-        return activate(h * (1 + scale[:, :, None, None]) + shift[:, :, None, None], self.block.activation)
 
 
 def _memory(heads: int, memory: int, dim: int) -> nn.Parameter | None:
@@ -139,7 +143,7 @@ def _join_heads(h: Tensor, like: Tensor) -> Tensor:
     return h.transpose(2, 3).reshape(batch, heads * dim, like.shape[2], like.shape[3])
 
 
-class Attention(nn.Module):
+class Attention(UsesOperators):
     """Self-attention over pixels with the residual connection of DDPM."""
 
     def __init__(self, block: c.Attention) -> None:
@@ -158,7 +162,7 @@ class Attention(nn.Module):
         k, v = _with_memory(k, self.memory, 0), _with_memory(v, self.memory, 1)
         if block.cosine_scale is not None:
             q, k = F.normalize(q, dim=2) * block.cosine_scale, F.normalize(k, dim=2)
-        h = self.out(_join_heads(ops.attention(q, k, v), x))
+        h = self.out(_join_heads(self.operators.attention(q, k, v), x))
         total = (normed if block.adds_to_norm else x) + h
         return total if block.output_scale == 1.0 else total * block.output_scale
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 _LEAST_TILE = 16
 """The least side of a tensor core's product."""
-_MOST_HEAD_DIM = 512
+MOST_HEAD_DIM = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,8 @@ def plan_launch(head_dim: int, queries: int, keys: int, element_size: int) -> At
 
     element_size: bytes, 2 or 4. Raises ValueError for a head_dim that no tile fits.
     """
-    if not 1 <= head_dim <= _MOST_HEAD_DIM:
-        raise ValueError(f"head_dim is {head_dim}, expected 1 to {_MOST_HEAD_DIM}; use kernels.reference.attention")
+    if not 1 <= head_dim <= MOST_HEAD_DIM:
+        raise ValueError(f"head_dim is {head_dim}, expected 1 to {MOST_HEAD_DIM}; use kernels.reference.attention")
     dim_tile = _padded(head_dim)
     if element_size == 4:
         query_tile, key_tile = 32 if dim_tile <= 64 else 16, 16

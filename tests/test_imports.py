@@ -31,7 +31,7 @@ OPTIONAL = {
     "onnxruntime": ["engine/backends/ort.py"],
     "onnx": ["export/*.py"],
     "onnxscript": ["export/*.py"],
-    "triton": ["kernels/triton_*.py"],
+    "triton": ["kernels/triton_*.py", "kernels/aot.py"],
     "mlxtend": ["recipes/digits_data.py"],
     "diffusers": ["benchmarks/random_models.py"],
     "torchvision": [],
@@ -41,7 +41,7 @@ OPTIONAL = {
 BY_NAME = ("import_module", "__import__")
 
 # Files that are themselves imported on first use only, and so may import their package at the top.
-LOADED_ON_FIRST_USE = ["kernels/triton_*.py"]
+LOADED_ON_FIRST_USE = ["kernels/triton_*.py", "kernels/aot_cases.py"]
 
 
 @dataclass(frozen=True)

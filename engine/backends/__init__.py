@@ -70,7 +70,7 @@ def _missing(module: str, extra: str) -> Callable[[], str | None]:
 
 
 def _eager_precisions() -> tuple[str, ...]:
-    return ("fp16", "fp32") if torch.cuda.is_available() else ("fp32",)
+    return ("fp16", "bf16", "fp32") if torch.cuda.is_available() else ("fp32",)
 
 
 def _choices() -> tuple[_Choice, ...]:

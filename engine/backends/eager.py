@@ -1,7 +1,8 @@
-"""The network in plain torch: the fp32 reference on every machine, and CUDA without TensorRT."""
+"""The network in torch: the fp32 reference on every machine, and fused fp16 on CUDA without TensorRT."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from engine.bundle import Manifest
 from engine.checkpoint import Checkpoint, build_unet
 from engine.config import UNetConfig
 from engine.errors import BackendError
+from engine.operators import TritonOperators, use_operators
 from engine.unet import UNet
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class EagerBackend:
@@ -28,6 +30,8 @@ class EagerBackend:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._threads = threads
         self._unet: UNet | None = _in_precision(unet, _DTYPES[precision]).to(self.device)
+        if self.device.type == "cuda" and precision != "fp32" and importlib.util.find_spec("triton") is not None:
+            fuse(self._unet)
 
     @classmethod
     def from_weights(cls, manifest: Manifest, path: Path, precision: str, threads: int | None) -> EagerBackend:
@@ -86,6 +90,12 @@ class BoundUNet:
 
     def check_capturable(self, stream: object) -> None:
         """PyTorch's kernels can be captured."""
+
+
+def fuse(unet: UNet) -> None:
+    """Let a network run channels-last, which tensor cores read fastest, with Triton's GroupNorm+SiLU and attention."""
+    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    use_operators(unet, TritonOperators())
 
 
 def _in_precision(unet: UNet, dtype: torch.dtype) -> UNet:
