@@ -2,8 +2,8 @@
 
     manifest.json        what the network is, every assumption, hashes, versions, profiles, measured errors
     unet.safetensors     fp32 weights under our names (eager backend)
-    unet.onnx            fp32, dynamic batch;  unet.fp16.onnx and *.plan where they were built
-    classifier.onnx      a classifier's input gradient, where one was given;  classifier.fp16.onnx beside unet.fp16.onnx
+    unet.onnx            fp32, dynamic batch;  unet.fp16.onnx (or bf16, int8) and *.plan where they were built
+    classifier.onnx      a classifier's input gradient, where one was given;  classifier.fp16.onnx beside it
 
 Nothing in it is pickled or executed. Opening never writes; it checks the manifest's own hash and, when a file is
 asked for, that file's.
@@ -159,8 +159,9 @@ class ClassifierEntry:
 class Manifest:
     """Everything a bundle says about itself; see the fields' types.
 
-    assumptions: (name, value, reason) of every default taken. precision: artefact -> layers kept in fp32 and why.
-    versions: library -> version at build time. classifier: None in a bundle without one.
+    assumptions: (name, value, reason) of every default taken. precision: artefact -> what it computes in.
+    fp32_parts: (module, reason) of what the network needs in fp32 where the rest is fp16 (engine.precision). versions:
+    library -> version at build time. classifier: None in a bundle without one.
     """
 
     family: str
@@ -171,6 +172,7 @@ class Manifest:
     files: dict[str, FileEntry] = field(default_factory=dict)
     plans: tuple[PlanEntry, ...] = ()
     precision: dict[str, str] = field(default_factory=dict)
+    fp32_parts: tuple[tuple[str, str], ...] = ()
     verification: tuple[Measurement, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     classifier: ClassifierEntry | None = None
@@ -187,6 +189,7 @@ class Manifest:
             "files": {name: dataclasses.asdict(entry) for name, entry in sorted(self.files.items())},
             "plans": [dataclasses.asdict(plan) for plan in self.plans],
             "precision": self.precision,
+            "fp32_parts": [list(part) for part in self.fp32_parts],
             "verification": [dataclasses.asdict(m) for m in self.verification],
             "versions": self.versions,
         }
@@ -203,6 +206,7 @@ class Manifest:
             files={name: FileEntry(**entry) for name, entry in data["files"].items()},
             plans=tuple(PlanEntry.from_dict(plan) for plan in data["plans"]),
             precision=dict(data["precision"]),
+            fp32_parts=tuple((name, reason) for name, reason in data.get("fp32_parts", ())),
             verification=tuple(Measurement(**m) for m in data["verification"]),
             versions=dict(data["versions"]),
             classifier=ClassifierEntry.from_dict(data["classifier"]) if "classifier" in data else None,

@@ -28,7 +28,11 @@ def activate(x: Tensor, activation: c.Activation) -> Tensor:
 
 
 class Normalise(UsesOperators):
-    """Any normalisation of engine.blocks.Norm; the block that owns it decides what is fused with it."""
+    """Any normalisation of engine.blocks.Norm; the block that owns it decides what is fused with it.
+
+    With float32 weights in a half-precision network (engine.precision) the norm and what is fused with it are computed
+    in float32, and the result is rounded once.
+    """
 
     def __init__(self, channels: int, norm: c.Norm, groups: int, eps: float) -> None:
         super().__init__()
@@ -39,7 +43,35 @@ class Normalise(UsesOperators):
             self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> same shape."""
+        """x [B, C, H, W] -> same shape and dtype."""
+        return self._normalise(self._taken(x)).to(x.dtype)
+
+    def activated(self, x: Tensor, activation: c.Activation) -> Tensor:
+        """activation(norm(x)), in one operator where there is one."""
+        h = self._taken(x)
+        if self.norm is c.Norm.GROUP and activation is c.Activation.SILU:
+            h = self.operators.group_norm_silu(h, self.weight, self.bias, self.groups, self.eps)
+        else:
+            h = activate(self._normalise(h), activation)
+        return h.to(x.dtype)
+
+    def modulated(self, x: Tensor, projection: Tensor, activation: c.Activation) -> Tensor:
+        """activation(norm(x) * (1 + scale) + shift), in one operator where there is one; projection [B, 2C] is both."""
+        h = self._taken(x)
+        scale, shift = projection.to(h.dtype).chunk(2, dim=1)
+        if activation is not c.Activation.SILU:
+            h = activate(self._normalise(h) * (1 + scale[:, :, None, None]) + shift[:, :, None, None], activation)
+        elif self.norm is not c.Norm.GROUP:
+            h = ops.scale_shift_silu(self._normalise(h), scale, shift)
+        else:
+            norm = (self.weight, self.bias, self.groups, self.eps)
+            h = self.operators.adaptive_group_norm_silu(h, *norm, scale, shift)
+        return h.to(x.dtype)
+
+    def _taken(self, x: Tensor) -> Tensor:
+        return x if self.norm is c.Norm.NONE else x.to(self.weight.dtype)
+
+    def _normalise(self, x: Tensor) -> Tensor:
         match self.norm:
             case c.Norm.GROUP:
                 return self.operators.group_norm(x, self.weight, self.bias, self.groups, self.eps)
@@ -51,21 +83,6 @@ class Normalise(UsesOperators):
                 return x * self.weight[:, None, None] + self.bias[:, None, None]
             case c.Norm.NONE:
                 return x
-
-    def activated(self, x: Tensor, activation: c.Activation) -> Tensor:
-        """activation(norm(x)), in one operator where there is one."""
-        if self.norm is c.Norm.GROUP and activation is c.Activation.SILU:
-            return self.operators.group_norm_silu(x, self.weight, self.bias, self.groups, self.eps)
-        return activate(self(x), activation)
-
-    def modulated(self, x: Tensor, projection: Tensor, activation: c.Activation) -> Tensor:
-        """activation(norm(x) * (1 + scale) + shift), in one operator where there is one; projection [B, 2C] is both."""
-        scale, shift = projection.chunk(2, dim=1)
-        if activation is not c.Activation.SILU:
-            return activate(self(x) * (1 + scale[:, :, None, None]) + shift[:, :, None, None], activation)
-        if self.norm is not c.Norm.GROUP:
-            return ops.scale_shift_silu(self(x), scale, shift)
-        return self.operators.adaptive_group_norm_silu(x, self.weight, self.bias, self.groups, self.eps, scale, shift)
 
 
 def resample(x: Tensor, how: c.Resample | None, fir: bool = False) -> Tensor:

@@ -89,6 +89,8 @@ class UNet(nn.Module):
         self.config = config
         self.time = TimeEmbedding(config)
         self.blocks = nn.ModuleList(make_block(block) for block in config.blocks)
+        self.types: tuple[torch.dtype | None, ...] = (None,) * len(config.blocks)
+        """What each block computes in, set by engine.precision.cast_unet; None: in what it is given."""
 
     def forward(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """x_t [B, C, H, W], timestep [B] float32, y [B] int64, cond [B, Cc, H, W] -> [B, C', H, W]."""
@@ -96,32 +98,49 @@ class UNet(nn.Module):
         h = x_t
         if cond is not None:
             h = torch.cat([cond, x_t] if self.config.cond_first else [x_t, cond], dim=1)
-        h = h.to(self.time.linear1.weight.dtype)
-        out = run_blocks(self.config.blocks, self.blocks, h, projections).to(x_t.dtype)
+        h = h.to(next((dtype for dtype in self.types if dtype is not None), h.dtype))
+        out = run_blocks(self.config.blocks, self.blocks, h, projections, self.types).to(x_t.dtype)
         return out / timestep[:, None, None, None] if self.config.divides_by_timestep else out
 
 
-def run_blocks(blocks: tuple[c.Block, ...], modules: nn.ModuleList, h: Tensor, projections: Iterator[Tensor]) -> Tensor:
-    """Run a block program on h [B, C, H, W], taking one time projection for each ResBlock that has one."""
+def run_blocks(
+    blocks: tuple[c.Block, ...],
+    modules: nn.ModuleList,
+    h: Tensor,
+    projections: Iterator[Tensor],
+    types: tuple[torch.dtype | None, ...] | None = None,
+) -> Tensor:
+    """Run a block program on h [B, C, H, W], taking one time projection for each ResBlock that has one.
+
+    types: what each block computes in (engine.precision); None: all in the type of h.
+    """
     skips: list[Tensor] = []
     image = h
-    for block, module in zip(blocks, modules, strict=True):
+    for block, module, dtype in zip(blocks, modules, types or (None,) * len(blocks), strict=True):
         match block:
             case c.Push():
                 skips.append(h)
             case c.Pop():
-                h = torch.cat([h, skips.pop()], dim=1)
+                h = _concatenate(h, skips.pop())
             case c.ImageSave():
                 image = h
             case c.ImageIn():
                 image = ops.fir_downsample(image)
-                h = h + module(image)
+                h = h + module(image.to(dtype or image.dtype))
             case c.ImageOut():
-                image = module(h) if block.is_first else module(h) + ops.fir_upsample(image)
+                added = module(h.to(dtype or h.dtype))
+                image = added if block.is_first else added + ops.fir_upsample(image)
             case c.ImageAdd():
                 h = h + ops.fir_upsample(image)
             case c.ResBlock():
-                h = module(h, next(projections) if block.has_projection else None)
+                h = h.to(dtype or h.dtype)
+                h = module(h, next(projections).to(h.dtype) if block.has_projection else None)
             case _:
-                h = module(h)
+                h = module(h.to(dtype or h.dtype))
     return h
+
+
+def _concatenate(h: Tensor, skip: Tensor) -> Tensor:
+    """Both along channels, in the wider of their types."""
+    wider = torch.promote_types(h.dtype, skip.dtype)
+    return torch.cat([h.to(wider), skip.to(wider)], dim=1)

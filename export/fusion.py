@@ -97,15 +97,16 @@ def fusable(onnx: Path) -> Fusable:
         through_cast = any(node.op_type == "Cast" and feeds_silu(node.output[0]) for node in after)
         return through_cast or any(node.op_type == "Sigmoid" for node in after)
 
-    def feeds_one_product(name: str) -> bool:
+    def feeds_one_half_product(name: str) -> bool:
         after = readers.get(name, [])
-        if len(after) == 1 and after[0].op_type == "Cast":
-            return feeds_one_product(after[0].output[0])
-        return [node.op_type for node in after] == ["MatMul"]
+        if len(after) != 1 or after[0].op_type != "Cast":
+            return False
+        return [node.op_type for node in readers.get(after[0].output[0], [])] == ["MatMul"]
 
     norms = [node for node in graph.node if node.op_type == "GroupNormalization" and feeds_silu(node.output[0])]
-    # A gradient reads its softmaxes again, so that their attention cannot be one kernel.
-    attention = [node for node in graph.node if node.op_type == "Softmax" and feeds_one_product(node.output[0])]
+    # The fused kernel is for half precision, where a cast follows the softmax. A gradient reads its softmaxes again, so
+    # that their attention cannot be one kernel.
+    attention = [node for node in graph.node if node.op_type == "Softmax" and feeds_one_half_product(node.output[0])]
     return Fusable(tuple(node.name for node in norms), tuple(node.name for node in attention))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from engine.errors import MissingPackageError
 from export.passes import name_nodes
 
 OPSET = 21
@@ -23,6 +24,24 @@ def save_program(program: torch.onnx.ONNXProgram, path: Path, size_bytes: int) -
     """Name the nodes and write the file; weights go to `path`.data where size_bytes of them need it. Raises OSError."""
     name_nodes(program.model)
     program.save(str(path), external_data=size_bytes > EXTERNAL_DATA_BYTES)
+
+
+def has_wide_products(path: Path) -> bool:
+    """Whether an ONNX file has convolutions or matrix products in float32 or bfloat16.
+
+    The types are those of the weights, and of the values that the exporter noted. Raises MissingPackageError without
+    onnx.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingPackageError("onnx", "looking into an ONNX file", "onnx") from error
+    graph = onnx.load(str(path), load_external_data=False).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
+    types |= {value.name: value.data_type for value in graph.initializer}
+    products = [node for node in graph.node if node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm")]
+    wide = (onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16)
+    return any(types.get(name) in wide for node in products for name in node.input[:2])
 
 
 @contextmanager

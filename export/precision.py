@@ -1,17 +1,21 @@
 """Which numbers an artefact computes in, what stays in float32, and why.
 
-fp16 is a property of the network, not of a builder flag: the module is cast in torch and then exported, so that every
-library reads the same types from the file. Four things stay in float32:
+A type is a property of the network, not of a builder flag: the module is cast in torch and then exported, so that
+every library reads the same types from the file. Four things stay in float32 in every half-precision network:
 
     sin/cos of the timestep     at timestep 999 half precision is off by a whole radian; so would learned frequencies be
     group-norm statistics       a mean over up to 10^5 values, and squares that overflow at 65504 (stash_type 1)
     softmax                     exponentials of attention scores span more than half precision's range
     network input and output    the sampler's state is float32; the casts fuse into the neighbouring kernels
+
+export.planner names further parts for the network at hand.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
+from enum import Enum
 from typing import Any
 
 import torch
@@ -20,28 +24,48 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from engine.errors import ExportError
+from engine.precision import cast_unet
 from engine.unet import UNet
 
-FP32 = "fp32 throughout"
-FP16 = (
-    "fp16 weights and activations; fp32: sin/cos of the timestep, group-norm statistics, softmax, network input and "
-    "output"
-)
+
+class Precision(Enum):
+    """What a plan computes in; INT8 is FP16 with ResBlocks' 3x3 convolutions in 8 bits."""
+
+    FP16 = "fp16"
+    BF16 = "bf16"
+    FP32 = "fp32"
+    INT8 = "int8"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations, 8-bit ones excepted."""
+        return {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}.get(self, torch.float16)
 
 
-def half_unet(unet: UNet) -> UNet:
-    """A copy of the network in float16; raises ExportError for a weight beyond float16's range."""
-    half = copy.deepcopy(unet).half()
-    if unet.config.time.has_frequencies:
-        half.time.frequencies = copy.deepcopy(unet.time.frequencies)
-    for name, value in half.named_parameters():
+IN_FLOAT = "fp32: sin/cos of the timestep, group-norm statistics, softmax, network input and output"
+NOTES = {
+    Precision.FP32: "fp32 throughout",
+    Precision.FP16: f"fp16 weights and activations; {IN_FLOAT}",
+    Precision.BF16: f"bf16 weights and activations; {IN_FLOAT}, norms with their SiLU, rounded once",
+    Precision.INT8: f"as fp16 ({IN_FLOAT}), with int8 3x3 convolutions in ResBlocks, whose results are fp32",
+}
+
+
+def typed_unet(unet: UNet, precision: Precision, fp32_parts: Collection[str] = ()) -> UNet:
+    """A copy in the precision's type, but for the parts named as engine.precision does.
+
+    Raises ExportError for a weight beyond the type's range.
+    """
+    typed = cast_unet(copy.deepcopy(unet), precision.dtype, fp32_parts)
+    for name, value in typed.named_parameters():
         if not bool(torch.isfinite(value).all()):
             largest = float(unet.get_parameter(name).abs().max())
             raise ExportError(
-                f"{name} reaches {largest:.3g}, beyond fp16's 65504; export this checkpoint in fp32 with: "
+                f"{name} reaches {largest:.3g}, beyond {precision.value}'s "
+                f"{torch.finfo(precision.dtype).max:.5g}; export this checkpoint in fp32 with: "
                 "python -m export.to_onnx CHECKPOINT"
             )
-    return half
+    return typed
 
 
 _ACCUMULATING = {
@@ -54,12 +78,14 @@ _ACCUMULATING = {
     torch.ops.aten.matmul,
 }
 
+_HALF = (torch.float16, torch.bfloat16)
+
 
 class GpuHalf(TorchDispatchMode):
-    """Inside this context float16 convolutions and matrix products run on a CPU as a GPU computes them.
+    """Inside this context half-precision convolutions and matrix products run on a CPU as a GPU computes them.
 
-    Products are summed in float32 and the result is rounded to float16, so an intermediate beyond 65504 becomes
-    infinite here as it would there. A CPU's own float16 kernels do the same forty times more slowly, and ONNX
+    Products are summed in float32 and the result is rounded, so a float16 intermediate beyond 65504 becomes infinite
+    here as it would there. A CPU's own float16 kernels do the same forty times more slowly, and ONNX
     Runtime's CPU provider keeps float32 between the operators of a float16 file, which hides such an overflow.
     """
 
@@ -68,14 +94,15 @@ class GpuHalf(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
-        if func.overloadpacket not in _ACCUMULATING or not _is_half(args):
+        half = _half_type(args) if func.overloadpacket in _ACCUMULATING else None
+        if half is None:
             return func(*args, **given)
-        return func(*tree_map(_to_float, args), **given).half()
+        return func(*tree_map(_to_float, args), **given).to(half)
 
 
-def _is_half(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(value, Tensor) and value.dtype is torch.float16 for value in args)
+def _half_type(args: tuple[Any, ...]) -> torch.dtype | None:
+    return next((value.dtype for value in args if isinstance(value, Tensor) and value.dtype in _HALF), None)
 
 
 def _to_float(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype is torch.float16 else value
+    return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value

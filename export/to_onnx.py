@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.backends.eager import checkpoint_manifest
 from engine.bundle import (
     CLASSIFIER_FP16_NAME,
-    FP16_ONNX_NAME,
+    CLASSIFIER_NAME,
     ONNX_NAME,
     WEIGHTS_NAME,
     Bundle,
@@ -35,19 +35,22 @@ from engine.config import LabelInput, UNetConfig
 from engine.errors import CheckpointError, ExportError, MissingPackageError
 from engine.facts import facts_from_arguments, facts_from_items
 from engine.files import atomic_folder, make_folder
+from engine.precision import norm_names
 from engine.unet import UNet
 from export import cli
 from export.guidance import check_fit, export_classifier
 from export.onnx_file import OPSET, quiet_exporter, save_program
-from export.precision import FP16, FP32, half_unet
-from export.verify import verify
+from export.planner import Fp32Part, plan_fp16
+from export.precision import NOTES, Precision, typed_unet
+from export.quantise import quantise
+from export.verify import Case, Typed, real_cases, verify
 
 logger = logging.getLogger(__name__)
 
 _LIBRARIES = ("unet-rt", "torch", "numpy", "onnx", "onnxscript", "onnxruntime", "openvino")
 
 MakePlans = Callable[[Path], tuple[PlanEntry, ...]]
-"""Builds plans from a float16 ONNX file, beside it."""
+"""Builds plans from an ONNX file, beside it."""
 
 
 def export_bundle(
@@ -55,60 +58,96 @@ def export_bundle(
     out: str | Path,
     *,
     classifier: Checkpoint | None = None,
-    fp16: bool = False,
+    precision: Precision = Precision.FP32,
     make_plans: MakePlans | None = None,
     report: cli.Report = logger.info,
 ) -> Bundle:
     """Make the bundle `out` from a checkpoint, whole or not at all; a bundle of that name is replaced.
 
-    classifier: whose input gradient goes into classifier.onnx beside the network (export.gradient). fp16: also write
-    unet.fp16.onnx, and classifier.fp16.onnx. make_plans: called with the path of each once both are verified. report:
-    told of each step. Raises CheckpointError for a classifier in the U-Net's place or one that does not fit it,
-    ExportError for an artefact that cannot be built or differs by too much, OutputError for a folder that cannot be
-    written or is no bundle, MissingPackageError without onnx.
+    classifier: whose input gradient goes into classifier.onnx beside the network (export.gradient). precision: of a
+    second ONNX file, unet.fp16.onnx for example, and of classifier.fp16.onnx unless it is FP32. make_plans: called with
+    the path of each file in that precision once all are verified. report: told of each step. Raises CheckpointError
+    for a classifier in the U-Net's place or one that does not fit it, ExportError for an artefact that cannot be built
+    or differs by too much, OutputError for a folder that cannot be written or is no bundle, MissingPackageError without
+    onnx.
     """
     unet, manifest = checkpoint.unet(), checkpoint_manifest(checkpoint)
     _check_packages()
     if classifier is not None:
         check_fit(classifier, checkpoint)
     make_folder(Path(out).absolute().parent)
-    precision = {WEIGHTS_NAME: FP32, ONNX_NAME: FP32}
+    notes = dict.fromkeys((WEIGHTS_NAME, ONNX_NAME), NOTES[Precision.FP32])
+    cases = real_cases(unet, manifest)
+    parts: tuple[Fp32Part, ...] = ()
+    typed: Typed | None = None
     with atomic_folder(Path(out), is_bundle) as folder:
         report("writing weights and fp32 ONNX")
         save_weights(checkpoint.weights, folder / WEIGHTS_NAME)
         export_onnx(unet, folder / ONNX_NAME)
-        if fp16:
-            report("writing fp16 ONNX")
-            export_onnx(half_unet(unet), folder / FP16_ONNX_NAME)
-            precision[FP16_ONNX_NAME] = FP16
+        if precision is not Precision.FP32:
+            report(f"writing {precision.value} ONNX")
+            parts = plan_parts(unet, precision, cases)
+            typed = write_typed(unet, precision, parts, cases, folder)
+            notes[typed.file] = NOTES[precision]
         report("verifying against the checkpoint")
-        measurements = verify(folder, checkpoint)
+        measurements = verify(folder, checkpoint, cases, typed)
         entry: ClassifierEntry | None = None
         if classifier is not None:
             report("exporting the classifier's gradient")
-            guide = export_classifier(folder, classifier, checkpoint, fp16)
-            entry, measurements, precision = guide.entry, measurements + guide.measurements, precision | guide.precision
+            guide = export_classifier(folder, classifier, checkpoint, typed is not None)
+            entry, measurements, notes = guide.entry, measurements + guide.measurements, notes | guide.precision
         plans: tuple[PlanEntry, ...] = ()
         if make_plans is not None:
             report("building plans")
-            for name in (FP16_ONNX_NAME, CLASSIFIER_FP16_NAME):
-                if (folder / name).exists():
-                    made = make_plans(folder / name)
-                    precision |= {plan.file: f"as {name}, from which it was built" for plan in made}
-                    plans += made
-        versions = library_versions() | {plan.library: plan.library_version for plan in plans}
+            for name in _plan_sources(typed, entry):
+                made = make_plans(folder / name)
+                notes |= {plan.file: f"as {name}, from which it was built" for plan in made}
+                plans += made
         write_manifest(
             folder,
             dataclasses.replace(
                 manifest,
-                precision=precision,
+                precision=notes,
+                fp32_parts=tuple((part.name, part.reason) for part in parts),
                 verification=measurements,
                 plans=plans,
-                versions=versions,
+                versions=library_versions() | {plan.library: plan.library_version for plan in plans},
                 classifier=entry,
             ),
         )
     return Bundle.open(out)
+
+
+def plan_parts(unet: UNet, precision: Precision, cases: Sequence[Case]) -> tuple[Fp32Part, ...]:
+    """What of the network a plan in this precision leaves in float32; each decision is logged.
+
+    bf16 has float32's range and eight bits: only its norms and their activations are computed in float32.
+    """
+    if precision is Precision.BF16:
+        return ()
+    parts = plan_fp16(unet, [case.inputs() for case in cases])
+    for part in parts:
+        logger.info("%s stays in fp32: %s", part.name, part.reason)
+    return parts
+
+
+def write_typed(
+    unet: UNet, precision: Precision, parts: Sequence[Fp32Part], cases: Sequence[Case], folder: Path
+) -> Typed:
+    """Write the network's ONNX file in a precision other than FP32 into a folder; raises ExportError or OSError."""
+    names = norm_names(unet) if precision is Precision.BF16 else [part.name for part in parts]
+    typed = Typed(precision, f"unet.{precision.value}.onnx", typed_unet(unet, precision, names))
+    export_onnx(typed.unet, folder / typed.file)
+    if precision is Precision.INT8:
+        quantise(folder / typed.file, unet, [case.inputs() for case in cases])
+    return typed
+
+
+def _plan_sources(typed: Typed | None, classifier: ClassifierEntry | None) -> list[str]:
+    """The ONNX files that plans are built from."""
+    if typed is None:
+        return [ONNX_NAME] + ([CLASSIFIER_NAME] if classifier is not None else [])
+    return [typed.file] + ([CLASSIFIER_FP16_NAME] if classifier is not None else [])
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:

@@ -2,7 +2,8 @@
 
     python -m export.to_trt ckpt.pt     makes ckpt.engine/ with unet.onnx, unet.fp16.onnx and unet.rtx.plan
 
-Where no TensorRT is installed the bundle is made without a plan and runs on the other backends.
+--precision bf16, int8 or fp32 makes the second ONNX file, if any, and the plan in that precision. Where no TensorRT is
+installed the bundle is made without a plan and runs on the other backends.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from pathlib import Path
 
 from engine.bundle import CLASSIFIER_FP16_NAME, Bundle, PlanEntry
 from engine.checkpoint import Checkpoint
+from engine.errors import ExportError
 from export import cli
+from export.onnx_file import has_wide_products
 from export.plan_cache import plan_cache_folder
+from export.precision import Precision
 from export.to_onnx import export_bundle, read_checkpoint, read_classifier
 from export.trt_build import DEFAULT_BATCH, RTX_PIP_LINE, PlanBuilder, Profile, find_builders
 
@@ -29,43 +33,63 @@ def export_trt_bundle(
     out: str | Path,
     *,
     classifier: Checkpoint | None = None,
+    precision: Precision = Precision.FP16,
     targets: tuple[str, ...] | None = None,
     batches: Sequence[Profile] = (DEFAULT_BATCH,),
     cache: Path | None = None,
     report: cli.Report = logger.info,
 ) -> Bundle:
-    """Make the bundle `out` with fp32 and fp16 ONNX and a plan of each TensorRT that works here.
+    """Make the bundle `out` with fp32 ONNX, ONNX in the precision, and a plan of each TensorRT that works here.
 
-    classifier: whose gradient goes in too, in fp32 and fp16. targets: compute capabilities such as "sm89" for
-    TensorRT-RTX, None for all it knows. batches: smallest, best and largest batch of each plan. cache: folder of built
-    plans, None for none. Raises what export.to_onnx.export_bundle raises, and ExportError for a target that is unknown
-    or cannot be built. Without TensorRT the bundle has no plan and a warning is logged.
+    classifier: whose gradient goes in too, in fp32, and in fp16 unless the precision is FP32. targets: compute
+    capabilities such as "sm89" for TensorRT-RTX, None for all it knows that can run the precision. batches: smallest,
+    best and largest batch of each plan. cache: folder of built plans, None for none. Raises what
+    export.to_onnx.export_bundle raises, and ExportError for a target that is unknown or cannot be built. Without
+    TensorRT the bundle has no plan and a warning is logged.
     """
     builders = find_builders(targets)
     if not builders:
         logger.warning("no TensorRT is installed here, so no plan is built; install it with: %s", RTX_PIP_LINE)
+    check_targets(precision, targets)
 
     def make_plans(onnx: Path) -> tuple[PlanEntry, ...]:
-        able = _with_fp32_products(builders) if onnx.name == CLASSIFIER_FP16_NAME else builders
-        return tuple(builder.build(onnx, batch, "fp16", cache) for builder in able for batch in batches)
+        is_classifier = onnx.name.startswith("classifier")
+        computes_in = Precision.FP16 if onnx.name == CLASSIFIER_FP16_NAME else precision
+        able = builders
+        if has_wide_products(onnx):
+            if targets is not None and "sm75" in targets and not is_classifier:
+                raise ExportError(
+                    f"{onnx.name} has float32 convolutions, which sm75 cannot run (the parts that float16 cannot "
+                    "hold are listed above); leave sm75 out of --target"
+                )
+            able = _without_sm75(builders, onnx.name)
+        return tuple(builder.build(onnx, batch, computes_in.value, cache) for builder in able for batch in batches)
 
     return export_bundle(
         checkpoint,
         out,
         classifier=classifier,
-        fp16=True,
+        precision=precision,
         make_plans=make_plans if builders else None,
         report=report,
     )
 
 
-def _with_fp32_products(builders: Sequence[PlanBuilder]) -> tuple[PlanBuilder, ...]:
-    """The builders without sm75, which has no float32 matrix products; a classifier's cotangent takes them."""
+def check_targets(precision: Precision, targets: tuple[str, ...] | None) -> None:
+    """Raise ExportError for a target that cannot run a precision."""
+    if targets is not None and "sm75" in targets and precision in (Precision.BF16, Precision.FP32):
+        raise ExportError(
+            f"TensorRT-RTX cannot build {precision.value} plans for sm75; leave sm75 out of --target, or use "
+            "--precision fp16"
+        )
+
+
+def _without_sm75(builders: Sequence[PlanBuilder], name: str) -> tuple[PlanBuilder, ...]:
     able = []
     for builder in builders:
         targets = tuple(target for target in builder.targets if target != "sm75")
         if targets != builder.targets:
-            logger.warning("the classifier's plan leaves out sm75, which has no float32 matrix products")
+            logger.warning("the plan of %s leaves out sm75, which runs its products in fp16 only", name)
         if targets:
             able.append(dataclasses.replace(builder, targets=targets))
     return tuple(able)
@@ -120,17 +144,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=(DEFAULT_BATCH,),
         help="smallest, best and largest batch of the plan (default 1:8:64), or fixed batches with a plan each",
     )
+    parser.add_argument(
+        "--precision",
+        type=Precision,
+        choices=tuple(Precision),
+        metavar="fp16|bf16|fp32|int8",
+        default=Precision.FP16,
+        help="what the plan computes in (default fp16; int8: fp16 with 8-bit 3x3 convolutions)",
+    )
     parser.add_argument("--no-cache", action="store_true", help="build every plan anew and keep none for later")
 
     def work(args: argparse.Namespace) -> Bundle:
         find_builders(args.target)  # a wrong target is said before the work begins
+        check_targets(args.precision, args.target)
         checkpoint = read_checkpoint(args)
         classifier = read_classifier(args, checkpoint)
-        with cli.progress(4 + (classifier is not None)) as report:
+        with cli.progress(3 + (args.precision is not Precision.FP32) + (classifier is not None)) as report:
             return export_trt_bundle(
                 checkpoint,
                 cli.output_folder(args),
                 classifier=classifier,
+                precision=args.precision,
                 targets=args.target,
                 batches=args.batch,
                 cache=None if args.no_cache else plan_cache_folder(),

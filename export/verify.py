@@ -21,7 +21,7 @@ from engine.backends import Backend
 from engine.backends.eager import checkpoint_manifest
 from engine.backends.ort import OrtBackend
 from engine.backends.ov import OpenVINOBackend, has_bf16
-from engine.bundle import FP16_ONNX_NAME, ONNX_NAME, WEIGHTS_NAME, Manifest, Measurement
+from engine.bundle import ONNX_NAME, WEIGHTS_NAME, Manifest, Measurement
 from engine.checkpoint import Checkpoint
 from engine.config import LabelInput, UNetConfig
 from engine.errors import ExportError, MissingPackageError
@@ -29,7 +29,7 @@ from engine.noise import normal
 from engine.sampler import Sampler
 from engine.unet import UNet
 from export import layers
-from export.precision import GpuHalf, half_unet
+from export.precision import GpuHalf, Precision
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ LIMITS = {
     # Eight bits: 5e-3 to 7e-2 measured, more for steep attention. bf16 runs only where it is asked for, so its error
     # is recorded for that choice and only nonsense fails.
     "bf16": 5e-1,
+    "int8": 5e-1,
 }
 """Largest rms error accepted, relative to the rms of the network's output, for each precision."""
 
@@ -168,6 +169,15 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Typed:
+    """The network in another precision: its ONNX file's name, and the same types in torch (int8's are fp16)."""
+
+    precision: Precision
+    file: str
+    unet: UNet
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Runner:
     """One way to run one artefact. layers: results of the blocks by their index, for a batch of one."""
 
@@ -178,14 +188,19 @@ class Runner:
     layers: Callable[[Case], Mapping[int, Tensor]] | None = None
 
 
-def runners(folder: Path, unet: UNet, manifest: Manifest) -> Iterator[Runner]:
+def runners(folder: Path, manifest: Manifest, typed: Typed | None) -> Iterator[Runner]:
     """Every way that this machine has to run an artefact of the folder; each is released when the next is asked for."""
-    if (folder / ONNX_NAME).exists():
-        yield from _onnxruntime(folder / ONNX_NAME, manifest, "fp32")
-        yield from _openvino(folder / ONNX_NAME, manifest)
-    if (folder / FP16_ONNX_NAME).exists():
-        yield from _onnxruntime(folder / FP16_ONNX_NAME, manifest, "fp16")
-        yield _torch_fp16(unet)
+    yield from _onnxruntime(folder / ONNX_NAME, manifest, "fp32")
+    for precision in ("fp32", "bf16") if has_bf16() else ("fp32",):
+        yield from _openvino(folder / ONNX_NAME, manifest, precision, precision)
+    if typed is None:
+        return
+    if typed.precision is Precision.BF16:
+        # ONNX Runtime's CPU provider has no bf16 operators; OpenVINO reads the types and computes in fp32.
+        yield from _openvino(folder / typed.file, manifest, "bf16", "fp32")
+    else:
+        yield from _onnxruntime(folder / typed.file, manifest, typed.precision.value)
+    yield _torch(typed)
 
 
 def _onnxruntime(path: Path, manifest: Manifest, precision: str) -> Iterator[Runner]:
@@ -198,29 +213,28 @@ def _onnxruntime(path: Path, manifest: Manifest, precision: str) -> Iterator[Run
     backend.close()
 
 
-def _openvino(path: Path, manifest: Manifest) -> Iterator[Runner]:
-    for precision in ("fp32", "bf16") if has_bf16() else ("fp32",):
-        try:
-            backend = OpenVINOBackend(manifest, path, precision, None)
-        except MissingPackageError:
-            return
-        yield Runner(path.name, "openvino cpu", precision, _caller(backend))
-        backend.close()
+def _openvino(path: Path, manifest: Manifest, precision: str, hint: str) -> Iterator[Runner]:
+    try:
+        backend = OpenVINOBackend(manifest, path, hint, None)
+    except MissingPackageError:
+        return
+    yield Runner(path.name, "openvino cpu", precision, _caller(backend))
+    backend.close()
 
 
-def _torch_fp16(unet: UNet) -> Runner:
-    """The float16 network in torch, every intermediate rounded as on a GPU: what plans and CUDA compute."""
-    half = half_unet(unet)
+def _torch(typed: Typed) -> Runner:
+    """The network in torch, every intermediate rounded as on a GPU: what plans and CUDA compute."""
 
     def run(case: Case) -> Tensor:
         with GpuHalf(), torch.no_grad():
-            return half(**case.inputs())
+            return typed.unet(**case.inputs())
 
     def run_layers(case: Case) -> Mapping[int, Tensor]:
         with GpuHalf():
-            return layers.torch_layers(half, case.inputs())
+            return layers.torch_layers(typed.unet, case.inputs())
 
-    return Runner(WEIGHTS_NAME, "torch cpu", "fp16", run, run_layers)
+    precision = "bf16" if typed.precision is Precision.BF16 else "fp16"
+    return Runner(WEIGHTS_NAME, "torch cpu", precision, run, run_layers)
 
 
 def _caller(backend: Backend) -> Callable[[Case], Tensor]:
@@ -251,15 +265,19 @@ def measure(runner: Runner, unet: UNet, cases: Sequence[Case], wanted: Sequence[
     )
 
 
-def verify(folder: Path, checkpoint: Checkpoint) -> tuple[Measurement, ...]:
-    """Measure every artefact in the folder that this machine can run; raises ExportError past a limit."""
+def verify(
+    folder: Path, checkpoint: Checkpoint, cases: Sequence[Case], typed: Typed | None = None
+) -> tuple[Measurement, ...]:
+    """Measure every artefact in the folder that this machine can run; raises ExportError past a limit.
+
+    cases: as real_cases gives them. typed: the half-precision network of the folder, if it has one.
+    """
     unet, manifest = checkpoint.unet(), checkpoint_manifest(checkpoint)
-    cases = real_cases(unet, manifest)
     with torch.no_grad():
         wanted = [unet(**case.inputs()) for case in cases]
-    results = [measure(runner, unet, cases, wanted) for runner in runners(folder, unet, manifest)]
-    for name in (ONNX_NAME, FP16_ONNX_NAME):
-        if (folder / name).exists() and all(result.artefact != name for result in results):
+    results = [measure(runner, unet, cases, wanted) for runner in runners(folder, manifest, typed)]
+    for name in (ONNX_NAME, *([] if typed is None else [typed.file])):
+        if all(result.artefact != name for result in results):
             logger.warning("%s was not verified: install a library that runs it: pip install 'unet-rt[cpu]'", name)
     check(results)
     return tuple(results)

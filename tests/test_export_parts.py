@@ -23,7 +23,7 @@ from engine.unet import UNet
 from export import cli, to_onnx, to_trt
 from export.layers import OnnxLayers, torch_layers
 from export.passes import module_scope
-from export.precision import GpuHalf, half_unet
+from export.precision import GpuHalf, Precision, typed_unet
 from export.verify import IMAGES, VISITED, Difference, check, join, real_cases
 
 # Unlabelled, with a condition image, time added rather than scale and shift, resampling inside ResBlocks.
@@ -124,7 +124,7 @@ def test_cases_are_states_of_trajectories():
 
 def test_fp16_as_a_gpu_rounds_it():
     unet = random_unet()
-    half, given = half_unet(unet), inputs(3)
+    half, given = typed_unet(unet, Precision.FP16), inputs(3)
     assert next(unet.parameters()).dtype == torch.float32
     with torch.no_grad():
         slow = half(**given)
@@ -141,7 +141,7 @@ def test_learned_frequencies_stay_in_fp32():
     time = TimeConfig(has_frequencies=True)
     unet = random_unet(dataclasses.replace(CONFIG, embed_channels=8, time=time))
     unet.time.frequencies += 0.1234567
-    half = half_unet(unet)
+    half = typed_unet(unet, Precision.FP16)
     assert torch.equal(half.time.frequencies, unet.time.frequencies)
     assert half.time.linear1.weight.dtype == torch.float16
 
@@ -152,7 +152,7 @@ def test_fp16_overflow_is_seen():
     state["blocks.0.weight"] *= 1e5
     unet.load_state_dict(state)
     with GpuHalf(), torch.no_grad():
-        result = half_unet(unet)(**inputs(2))
+        result = typed_unet(unet, Precision.FP16)(**inputs(2))
     difference = Difference()
     difference.add(result, unet(**inputs(2)))
     assert difference.relative == float("inf")
@@ -162,7 +162,7 @@ def test_weight_beyond_fp16():
     unet = random_unet()
     unet.blocks[0].weight[0, 0, 0, 0] = 1e5
     with pytest.raises(ExportError, match=r"blocks.0.weight reaches 1e\+05, beyond fp16's 65504; .*export.to_onnx"):
-        half_unet(unet)
+        typed_unet(unet, Precision.FP16)
 
 
 def test_difference():

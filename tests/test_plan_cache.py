@@ -15,7 +15,7 @@ from engine.errors import ExportError
 from engine.unet import UNet
 from export.fusion import Fusable, fusable, fusion_report, read_kernels, warn_unfused
 from export.plan_cache import load_plan, plan_cache_folder, plan_key, store_plan
-from export.precision import half_unet
+from export.precision import Precision, typed_unet
 from export.to_onnx import export_onnx
 from export.trt_build import PlanBuilder, find_builders
 from recipes.digits_net import digits_unet
@@ -130,7 +130,7 @@ def onnx(tmp_path_factory):
     pytest.importorskip("tensorrt_rtx", reason="plans without a GPU need TensorRT-RTX: pip install 'unet-rt[trt]'")
     path = tmp_path_factory.mktemp("plans") / "unet.fp16.onnx"
     torch.manual_seed(0)
-    export_onnx(half_unet(UNet(digits_unet(64, (1, 2), 1, 32))), path)
+    export_onnx(typed_unet(UNet(digits_unet(64, (1, 2), 1, 32)), Precision.FP16), path)
     return path
 
 

@@ -13,7 +13,7 @@ from engine import load_checkpoint
 from engine.config import Attention, ResBlock
 from engine.errors import OutputError
 from export.fusion import fusable
-from export.precision import half_unet
+from export.precision import Precision, typed_unet
 from export.to_onnx import export_onnx
 from export.trt_build import PlanBuilder, find_builders
 
@@ -38,7 +38,7 @@ def rtx_builder(targets: tuple[str, ...] | None = ("sm86",)) -> PlanBuilder:
 
 def half_onnx(folder: Path, options: dict[str, Any]) -> Path:
     unet = load_checkpoint(write_random_model(folder / "model", options)).unet()
-    export_onnx(half_unet(unet), folder / "unet.fp16.onnx")
+    export_onnx(typed_unet(unet, Precision.FP16), folder / "unet.fp16.onnx")
     return folder / "unet.fp16.onnx"
 
 

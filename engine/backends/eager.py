@@ -15,6 +15,7 @@ from engine.checkpoint import Checkpoint, build_unet
 from engine.config import UNetConfig
 from engine.errors import BackendError
 from engine.operators import TritonOperators, use_operators
+from engine.precision import cast_unet
 from engine.unet import UNet
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -29,7 +30,8 @@ class EagerBackend:
         self.manifest, self.precision = manifest, precision
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._threads = threads
-        self._unet: UNet | None = _in_precision(unet, _DTYPES[precision]).to(self.device)
+        parts = [name for name, _ in manifest.fp32_parts] if precision == "fp16" else []
+        self._unet: UNet | None = cast_unet(unet, _DTYPES[precision], parts).to(self.device)
         if self.device.type == "cuda" and precision != "fp32" and importlib.util.find_spec("triton") is not None:
             fuse(self._unet)
 
@@ -96,15 +98,6 @@ def fuse(unet: UNet) -> None:
     """Let a network run channels-last, which tensor cores read fastest, with Triton's GroupNorm+SiLU and attention."""
     unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     use_operators(unet, TritonOperators())
-
-
-def _in_precision(unet: UNet, dtype: torch.dtype) -> UNet:
-    """The network in this type, but for Fourier frequencies: the angles of a timestep need float32."""
-    frequencies = unet.time.frequencies.detach().clone() if unet.config.time.has_frequencies else None
-    unet = unet.to(dtype)
-    if frequencies is not None:
-        unet.time.frequencies = torch.nn.Parameter(frequencies, requires_grad=False)
-    return unet
 
 
 def checkpoint_manifest(checkpoint: Checkpoint, versions: Mapping[str, str] | None = None) -> Manifest:

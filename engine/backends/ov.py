@@ -12,6 +12,7 @@ from engine.bundle import Manifest
 from engine.config import ClassifierConfig
 from engine.errors import BackendError, MissingPackageError
 
+_NETWORK_INPUTS = ("x_t", "timestep", "y", "cond")
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
@@ -47,7 +48,8 @@ class OpenVINOBackend:
 
     def __init__(self, manifest: Manifest, path: Path, precision: str, threads: int | None) -> None:
         self._model: Any = compile_file(path, precision, threads)
-        self._inputs = [value.any_name for value in self._model.inputs]
+        # A cast right behind an input gives it a second name.
+        self._inputs = [next(name for name in _NETWORK_INPUTS if name in value.names) for value in self._model.inputs]
         self.manifest, self.precision = manifest, precision
         self.device = torch.device("cpu")
 
@@ -56,7 +58,7 @@ class OpenVINOBackend:
         if self._model is None:
             raise BackendError("this backend was closed; open the bundle again")
         given = {"x_t": x_t, "timestep": timestep, "y": y, "cond": cond}
-        feed = {name: given[name].contiguous().numpy() for name in self._inputs}  # type: ignore[union-attr]
+        feed = [given[name].contiguous().numpy() for name in self._inputs]  # type: ignore[union-attr]
         result = self._model(feed)[self._model.outputs[0]]
         return torch.from_numpy(result.copy())
 
