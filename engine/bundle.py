@@ -77,7 +77,7 @@ class FusionReport:
     counts expected are the ONNX graph's, and unfused names its nodes that are in no such kernel. kernel_types:
     kernels by the type they write, "Half" say. fp32_activations: fp32 images between two kernels. traffic_bytes:
     activations read and written by one run, None where the batch is not fixed. activation_bytes, weight_bytes: memory
-    for the largest batch.
+    for the largest batch. int8_convolutions: kernels that read int8.
     """
 
     launches: int
@@ -91,6 +91,7 @@ class FusionReport:
     traffic_bytes: int | None
     activation_bytes: int
     weight_bytes: int
+    int8_convolutions: int = 0
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> FusionReport:

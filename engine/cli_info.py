@@ -71,6 +71,7 @@ def _describe_bundle(bundle: Bundle, verified: bool) -> str:
     for plan in m.plans:
         lines.append(f"  {plan.file}: {plan.library} {plan.library_version}, {', '.join(plan.targets)}")
     lines += [f"  {name}: {note}" for name, note in m.precision.items()]
+    lines += [f"  {name} stays in fp32: {reason}" for name, reason in m.fp32_parts]
     if m.verification:
         lines += ["verification against the fp32 U-Net", measurement_table(m.verification)]
     return "\n".join(lines)

@@ -108,6 +108,7 @@ def summary(bundle: Bundle) -> dict[str, object]:
         "files": {name: entry.size_bytes for name, entry in manifest.files.items()},
         "plans": [dataclasses.asdict(plan) for plan in manifest.plans],
         "precision": manifest.precision,
+        "fp32_parts": [{"name": name, "reason": reason} for name, reason in manifest.fp32_parts],
         "verification": [
             dataclasses.asdict(m) | {"relative": m.relative, "passed": m.passed} for m in manifest.verification
         ],
@@ -134,8 +135,9 @@ def describe(bundle: Bundle) -> str:
 def _fusion(report: FusionReport) -> str:
     types = ", ".join(f"{count} {name}" for name, count in sorted(report.kernel_types.items()))
     moved = "" if report.traffic_bytes is None else f"{report.traffic_bytes / 1e6:.1f} MB of activations moved, "
+    int8 = f"{report.int8_convolutions} convolutions in int8; " if report.int8_convolutions else ""
     return (
-        f"{report.launches} kernels ({types}); fused: {report.norm_silu} of {report.norm_silu_expected} norm+SiLU, "
-        f"{report.attention} of {report.attention_expected} attention; {moved}{report.activation_bytes / 1e6:.1f} MB "
-        f"of activations held, {report.weight_bytes / 1e6:.1f} MB of weights"
+        f"{report.launches} kernels ({types}); {int8}fused: {report.norm_silu} of {report.norm_silu_expected} "
+        f"norm+SiLU, {report.attention} of {report.attention_expected} attention; {moved}"
+        f"{report.activation_bytes / 1e6:.1f} MB of activations held, {report.weight_bytes / 1e6:.1f} MB of weights"
     )

@@ -27,7 +27,7 @@ _KERNEL = re.compile(
 _TENSOR = re.compile(r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<shape>[-\d,]*)\],.*?Datatype: (?P<type>\w+),")
 _NODE = re.compile(r"\[ONNX Layer: (.*?)\]")
 _MEMORY = re.compile(r"^Total (Activation|Weights) Memory: (\d+) bytes")
-_NORM_SILU = re.compile(r"__myl_(Cast)?Silu(Cast)?Gnor(Cast)?(_|$)")
+_NORM_SILU = re.compile(r"__myl_(Cast)?Silu(MulMinMaxRoun)?(Cast)?Gnor(Cast)?(_|$)")
 _SIZES = {"Float": 4, "Half": 2, "BFloat16": 2, "Int8": 1, "FP8": 1, "Int32": 4, "Int64": 8, "Bool": 1}
 
 
@@ -132,6 +132,7 @@ def fusion_report(lines: Iterable[str], wanted: Fusable) -> FusionReport | None:
         unfused=tuple(apart),
         kernel_types=dict(Counter(tensor.type for kernel in kernels for tensor in kernel.outputs[:1])),
         fp32_activations=_fp32_between(kernels),
+        int8_convolutions=sum(any(t.type == "Int8" for t in kernel.inputs[:1]) for kernel in kernels),
         traffic_bytes=_traffic_bytes(kernels),
         activation_bytes=memory.get("Activation", 0),
         weight_bytes=memory.get("Weights", 0),
@@ -145,12 +146,12 @@ def _traffic_bytes(kernels: Iterable[Kernel]) -> int | None:
 
 
 def _fp32_between(kernels: Iterable[Kernel]) -> tuple[str, ...]:
-    """fp32 images from a kernel that reads half precision to one that writes it.
+    """fp32 images from a kernel that reads half precision or int8 to one that writes it.
 
     Statistics and vectors have no height and width; the network's own fp32 input and output lie at its ends.
     """
     kernels = tuple(kernels)
-    half = ("Half", "BFloat16")
+    half = ("Half", "BFloat16", "Int8")
     written = {
         tensor.name: tensor
         for kernel in kernels

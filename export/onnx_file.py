@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from engine.errors import MissingPackageError
+from engine.errors import ExportError, MissingPackageError
 from export.passes import name_nodes
 
 OPSET = 21
@@ -29,14 +29,18 @@ def save_program(program: torch.onnx.ONNXProgram, path: Path, size_bytes: int) -
 def has_wide_products(path: Path) -> bool:
     """Whether an ONNX file has convolutions or matrix products in float32 or bfloat16.
 
-    The types are those of the weights, and of the values that the exporter noted. Raises MissingPackageError without
-    onnx.
+    The types are those of the weights, and of the values that the exporter noted. Raises ExportError for a file that is
+    no ONNX, MissingPackageError without onnx.
     """
     try:
         import onnx
+        from google.protobuf.message import DecodeError
     except ImportError as error:
         raise MissingPackageError("onnx", "looking into an ONNX file", "onnx") from error
-    graph = onnx.load(str(path), load_external_data=False).graph
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except DecodeError as error:
+        raise ExportError(f"{path} is not a readable ONNX file: {error}") from error
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
     types |= {value.name: value.data_type for value in graph.initializer}
     products = [node for node in graph.node if node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm")]

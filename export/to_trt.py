@@ -56,7 +56,7 @@ def export_trt_bundle(
         is_classifier = onnx.name.startswith("classifier")
         computes_in = Precision.FP16 if onnx.name == CLASSIFIER_FP16_NAME else precision
         able = builders
-        if has_wide_products(onnx):
+        if computes_in is Precision.INT8 or has_wide_products(onnx):
             if targets is not None and "sm75" in targets and not is_classifier:
                 raise ExportError(
                     f"{onnx.name} has float32 convolutions, which sm75 cannot run (the parts that float16 cannot "
@@ -77,9 +77,9 @@ def export_trt_bundle(
 
 def check_targets(precision: Precision, targets: tuple[str, ...] | None) -> None:
     """Raise ExportError for a target that cannot run a precision."""
-    if targets is not None and "sm75" in targets and precision in (Precision.BF16, Precision.FP32):
+    if targets is not None and "sm75" in targets and precision is not Precision.FP16:
         raise ExportError(
-            f"TensorRT-RTX cannot build {precision.value} plans for sm75; leave sm75 out of --target, or use "
+            f"TensorRT-RTX has no {precision.value} convolutions for sm75; leave sm75 out of --target, or use "
             "--precision fp16"
         )
 

@@ -28,6 +28,7 @@ from engine.config import Attention, NormSiLU, ResBlock
 from engine.errors import ExportError, OutputError
 from engine.unet import UNet
 from export import to_onnx, to_trt
+from export.onnx_file import has_wide_products
 from export.trt_build import find_builders
 from recipes.classifier_net import digits_classifier
 from recipes.digits_net import digits_unet
@@ -314,20 +315,49 @@ def test_unknown_target(made, tmp_path, capsys):
 
 
 @pytest.mark.trt
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "int8"])
+def test_turing_runs_fp16_only(made, tmp_path, capsys, precision):
+    if not has_rtx():
+        pytest.skip("plans without a GPU need TensorRT-RTX: pip install tensorrt-rtx-cu13")
+    status = to_trt.main([str(made.copy(tmp_path)), "--target", "sm75,sm89", "--precision", precision])
+    assert status == 2
+    assert f"no {precision} convolutions for sm75; leave sm75 out of --target" in capsys.readouterr().err
+    assert leftovers(tmp_path) == {"net.pt"}
+
+
+def test_unknown_precision(made, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        to_trt.main([str(made.copy(tmp_path)), "--precision", "fp8"])
+    assert "fp8" in capsys.readouterr().err
+
+
+@pytest.mark.trt
 def test_plan_that_cannot_be_built(unverified, tmp_path, capsys, monkeypatch):
     if not has_rtx():
         pytest.skip("plans without a GPU need TensorRT-RTX: pip install tensorrt-rtx-cu13")
 
-    def broken(_unet: UNet, path: Path) -> None:
-        path.write_bytes(b"no protobuf at all")
+    onnx = pytest.importorskip("onnx")
+    helper = onnx.helper
 
-    monkeypatch.setattr(export.to_onnx, "export_onnx", broken)
+    def unknown_operator(_unet: UNet, path: Path) -> None:
+        node = helper.make_node("NoSuchOperator", ["x"], ["y"])
+        x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, [1, 8]) for name in "xy")
+        onnx.save(helper.make_model(helper.make_graph([node], "unet", [x], [y])), path)
+
+    monkeypatch.setattr(export.to_onnx, "export_onnx", unknown_operator)
     assert to_trt.main([str(unverified.copy(tmp_path)), *FLAGS]) == 2
     message = capsys.readouterr().err
     assert "tensorrt_rtx" in message
     assert "cannot read unet.fp16.onnx:\n  " in message
     assert "python -m export.to_onnx CHECKPOINT" in message
     assert leftovers(tmp_path) == {"net.pt"}
+
+
+def test_an_unreadable_file_has_no_products(tmp_path):
+    pytest.importorskip("onnx")
+    (tmp_path / ONNX_NAME).write_bytes(b"no protobuf at all")
+    with pytest.raises(ExportError, match="not a readable ONNX file"):
+        has_wide_products(tmp_path / ONNX_NAME)
 
 
 @pytest.mark.trt

@@ -23,6 +23,7 @@ from engine.classifier import AutogradGuide, Classifier
 from engine.guidance import ClassifierGuidance
 from export import gradient, gradient_rules, guidance, to_onnx, to_trt
 from export.guidance import GAINS, LIMITS, ClassifierResult, GuideCase, export_classifier
+from export.onnx_file import has_wide_products
 from export.to_onnx import export_bundle
 from export.trt_build import find_builders
 
@@ -503,11 +504,12 @@ def test_tensorrt_builds_the_gradient(made, tmp_path, caplog):
     """
     pytest.importorskip("tensorrt_rtx", reason="plans without a GPU need TensorRT-RTX: pip install tensorrt-rtx-cu13")
     onnx = shutil.copy(made.bundle.file(CLASSIFIER_FP16_NAME), tmp_path)
-    (builder,) = to_trt._with_fp32_products(find_builders(("sm75", "sm86")))
+    (builder,) = to_trt._without_sm75(find_builders(("sm75", "sm86")), CLASSIFIER_FP16_NAME)
     plan = builder.build(Path(onnx), (1, 2, 4), "fp16")
     assert plan.targets == ("sm86",)
+    assert has_wide_products(Path(onnx))
     assert "leaves out sm75" in caplog.text
-    assert to_trt._with_fp32_products(find_builders(("sm75",))) == ()
+    assert to_trt._without_sm75(find_builders(("sm75",)), CLASSIFIER_FP16_NAME) == ()
     assert plan.file == "classifier.rtx.plan"
     assert (tmp_path / plan.file).stat().st_size > 100_000
     assert plan.fusion is not None

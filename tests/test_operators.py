@@ -11,6 +11,7 @@ from engine.backends.eager import fuse
 from engine.config import UNetConfig
 from engine.layers import Attention, Normalise
 from engine.operators import REFERENCE, TritonOperators
+from engine.precision import cast_unet
 from engine.unet import UNet
 
 pytest.importorskip("triton")
@@ -38,9 +39,8 @@ def test_the_fused_network_is_the_network(config: UNetConfig) -> None:
         plain.float()
         # float32 sums in another order, through every layer.
         assert largest_error(fused(x_t, timestep), exact) <= 1e-5 * float(exact.abs().max())
-        fused.to(torch.float16)
-        half = fused(x_t, timestep)
-        theirs = plain.to(torch.float16)(x_t, timestep)
+        half = cast_unet(fused, torch.float16)(x_t, timestep)
+        theirs = cast_unet(plain, torch.float16)(x_t, timestep)
     # Twice torch's own error in float16; below 1e-3 of the largest value both are roundings.
     assert largest_error(half, exact) <= 2 * largest_error(theirs, exact) + 1e-3 * float(exact.abs().max())
 

@@ -12,8 +12,11 @@ from benchmarks.random_models import DDPM_CIFAR10, MODELS, main, write_random_mo
 from engine import load_checkpoint
 from engine.config import Attention, ResBlock
 from engine.errors import OutputError
+from engine.precision import norm_names
 from export.fusion import fusable
+from export.onnx_file import has_wide_products
 from export.precision import Precision, typed_unet
+from export.quantise import quantise
 from export.to_onnx import export_onnx
 from export.trt_build import PlanBuilder, find_builders
 
@@ -81,6 +84,36 @@ def test_every_norm_with_silu_and_every_attention_is_fused(tmp_path):
     assert fusion is not None
     assert (fusion.norm_silu, fusion.attention) == (norms, attentions)
     assert fusion.unfused == fusion.fp32_activations == ()
+
+
+@pytest.mark.trt
+def test_norms_in_fp32_are_fused_too(tmp_path):
+    """Form C: fp32 norm and SiLU, rounded once, between fp16 convolutions; and everything in bf16."""
+    unet = load_checkpoint(write_random_model(tmp_path / "model", SMALL)).unet()
+    for precision in (Precision.FP16, Precision.BF16):
+        path = tmp_path / f"unet.{precision.value}.onnx"
+        export_onnx(typed_unet(unet, precision, norm_names(unet)), path)
+        wanted = fusable(path)
+        fusion = rtx_builder().build(path, (4, 4, 4), precision.value).fusion
+        assert fusion is not None
+        assert (fusion.norm_silu, fusion.attention) == (len(wanted.norm_silu), len(wanted.attention))
+        assert fusion.attention == sum(isinstance(block, Attention) for block in unet.config.blocks)
+        assert fusion.unfused == ()
+        assert has_wide_products(path) == (precision is Precision.BF16)
+
+
+@pytest.mark.trt
+def test_int8_convolutions_read_int8(tmp_path):
+    """Norm, SiLU and rounding to int8 are one kernel; the convolution behind it writes fp32, which is listed."""
+    unet = load_checkpoint(write_random_model(tmp_path / "model", SMALL)).unet()
+    path = half_onnx(tmp_path / "int8", SMALL)
+    done = quantise(path, unet, [{"x_t": torch.randn(2, 3, 8, 8), "timestep": torch.tensor([900.0, 10.0])}])
+    fusion = rtx_builder().build(path, (4, 4, 4), "int8").fusion
+    assert fusion is not None
+    assert fusion.int8_convolutions == len(done) == 2 * sum(isinstance(b, ResBlock) for b in unet.config.blocks)
+    assert fusion.norm_silu == len(fusable(path).norm_silu)
+    assert fusion.unfused == ()
+    assert len(fusion.fp32_activations) == len(done)
 
 
 @pytest.mark.slow
