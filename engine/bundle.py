@@ -103,7 +103,9 @@ class FusionReport:
 class PlanEntry:
     """A TensorRT plan: library and version that built it, targets such as "sm89", batch profile (min, opt, max).
 
-    A static plan's three batches are equal. fusion: None where the library's log does not tell.
+    A static plan's three batches are equal. A target "sm80+" stands for every GPU from compute capability 8.0 on.
+    fusion: None where the library's log does not tell. weights_file: the ONNX file of the bundle that gives a plan
+    without weights its weights when it is opened; None for a plan that has them.
     """
 
     file: str
@@ -113,6 +115,7 @@ class PlanEntry:
     batch_profile: tuple[int, int, int]
     precision: str
     fusion: FusionReport | None = None
+    weights_file: str | None = None
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PlanEntry:

@@ -23,7 +23,15 @@ from export.onnx_file import has_wide_products
 from export.plan_cache import plan_cache_folder
 from export.precision import Precision
 from export.to_onnx import export_bundle, read_checkpoint, read_classifier
-from export.trt_build import DEFAULT_BATCH, RTX_PIP_LINE, PlanBuilder, Profile, find_builders
+from export.trt_build import (
+    DEFAULT_BATCH,
+    NO_OPTIONS,
+    RTX_PIP_LINE,
+    BuildOptions,
+    PlanBuilder,
+    Profile,
+    find_builders,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +44,7 @@ def export_trt_bundle(
     precision: Precision = Precision.FP16,
     targets: tuple[str, ...] | None = None,
     batches: Sequence[Profile] = (DEFAULT_BATCH,),
+    options: BuildOptions = NO_OPTIONS,
     cache: Path | None = None,
     report: cli.Report = logger.info,
 ) -> Bundle:
@@ -43,11 +52,11 @@ def export_trt_bundle(
 
     classifier: whose gradient goes in too, in fp32, and in fp16 unless the precision is FP32. targets: compute
     capabilities such as "sm89" for TensorRT-RTX, None for all it knows that can run the precision. batches: smallest,
-    best and largest batch of each plan. cache: folder of built plans, None for none. Raises what
-    export.to_onnx.export_bundle raises, and ExportError for a target that is unknown or cannot be built. Without
-    TensorRT the bundle has no plan and a warning is logged.
+    best and largest batch of each plan. options: of `tensorrt`'s plans. cache: folder of built plans, None for none.
+    Raises what export.to_onnx.export_bundle raises, and ExportError for a target that is unknown or cannot be built.
+    Without TensorRT the bundle has no plan and a warning is logged.
     """
-    builders = find_builders(targets)
+    builders = find_builders(targets, options)
     if not builders:
         logger.warning("no TensorRT is installed here, so no plan is built; install it with: %s", RTX_PIP_LINE)
     check_targets(precision, targets)
@@ -152,10 +161,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=Precision.FP16,
         help="what the plan computes in (default fp16; int8: fp16 with 8-bit 3x3 convolutions)",
     )
+    parser.add_argument(
+        "--hardware-compatible",
+        action="store_true",
+        help="a plan of tensorrt for every GPU from compute capability 8.0 on",
+    )
+    parser.add_argument(
+        "--strip-weights",
+        action="store_true",
+        help="a plan of tensorrt without weights, which come from the bundle's ONNX file when it is opened",
+    )
+    parser.add_argument(
+        "--plugins",
+        choices=("triton",),
+        help="GroupNorm+SiLU of tensorrt's plan by the Triton kernel; no plan of TensorRT-RTX is built",
+    )
     parser.add_argument("--no-cache", action="store_true", help="build every plan anew and keep none for later")
 
     def work(args: argparse.Namespace) -> Bundle:
-        find_builders(args.target)  # a wrong target is said before the work begins
+        options = BuildOptions(args.hardware_compatible, args.strip_weights, args.plugins == "triton")
+        find_builders(args.target, options)  # a wrong target is said before the work begins
         check_targets(args.precision, args.target)
         checkpoint = read_checkpoint(args)
         classifier = read_classifier(args, checkpoint)
@@ -167,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 precision=args.precision,
                 targets=args.target,
                 batches=args.batch,
+                options=options,
                 cache=None if args.no_cache else plan_cache_folder(),
                 report=report,
             )

@@ -73,20 +73,8 @@ def compile_case(case: KernelCase, architecture: int, with_ones: bool = False) -
 
     with_ones: every integer parameter is the constant 1, which is how a launch compiles one that is 1.
     """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    if not hasattr(case.kernel, "params"):
-        raise RuntimeError("the kernels were loaded for Triton's interpreter; unset TRITON_INTERPRET and start again")
-    names = [parameter.name for parameter in case.kernel.params]
-    types = ["constexpr" if with_ones and kind == "i32" else kind for kind in case.types]
-    signature = dict(zip(names, [*types, *["constexpr"] * len(case.constants)], strict=True))
-    constants = {(at,): 1 for at, kind in enumerate(types) if kind == "constexpr"}
-    constants |= {(len(types) + at,): value for at, value in enumerate(case.constants)}
-    aligned: Any = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(case.types) if kind.startswith("*")}
-    source = ASTSource(case.kernel, signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
-    kernel = compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    types = tuple("constexpr" if with_ones and kind == "i32" else kind for kind in case.types)
+    kernel = compile_kernel(case.kernel, types, case.constants, architecture, case.num_warps, case.num_stages)
     metadata = kernel.metadata
     registers, stack, spilled = _resources(kernel.asm["ptx"])
     return Compiled(
@@ -100,6 +88,28 @@ def compile_case(case: KernelCase, architecture: int, with_ones: bool = False) -
         scratch=metadata.global_scratch_size + metadata.profile_scratch_size,
         parameters=entry_parameters(kernel.asm["ptx"]),
     )
+
+
+def compile_kernel(
+    kernel: Any, types: Sequence[str], constants: Sequence[Any], architecture: int, num_warps: int, num_stages: int = 3
+) -> Any:
+    """Triton's compiled kernel. types: of the parameters in order, "constexpr" for the constant 1; then the constants.
+
+    Raises RuntimeError where the kernels are interpreted.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    if not hasattr(kernel, "params"):
+        raise RuntimeError("the kernels were loaded for Triton's interpreter; unset TRITON_INTERPRET and start again")
+    names = [parameter.name for parameter in kernel.params]
+    signature = dict(zip(names, [*types, *["constexpr"] * len(constants)], strict=True))
+    values = {(at,): 1 for at, kind in enumerate(types) if kind == "constexpr"}
+    values |= {(len(types) + at,): value for at, value in enumerate(constants)}
+    aligned: Any = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(types) if kind.startswith("*")}
+    source = ASTSource(kernel, signature, constexprs=values, attrs=aligned)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    return compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 def entry_parameters(ptx: str) -> tuple[str, ...]:

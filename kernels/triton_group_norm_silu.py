@@ -114,8 +114,8 @@ def _moments(x, second, image, group0, groups, start, end, channels, first_chann
                                                 GROUP_CHANNELS)  # fmt: skip
         values = _load_tile(x, second, image, channel, position, exists, channels, first_channels, positions,
                             CHANNELS_LAST, HAS_SECOND)  # fmt: skip
-        count = (tl.minimum(end - at, POSITION_TILE) * GROUP_CHANNELS).to(tl.float32)
-        before = ((at - start) * GROUP_CHANNELS).to(tl.float32)
+        count = tl.cast(tl.minimum(end - at, POSITION_TILE) * GROUP_CHANNELS, tl.float32)
+        before = tl.cast((at - start) * GROUP_CHANNELS, tl.float32)
         tile_mean, tile_squares = _tile_moments(values, exists, count)
         delta = tile_mean - mean
         share = count / (before + count)

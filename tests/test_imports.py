@@ -25,13 +25,13 @@ ARROWS = {
 
 # Optional package -> the files that may import it, inside functions only.
 OPTIONAL = {
-    "tensorrt": ["export/trt_build.py", "engine/backends/trt_library.py"],
+    "tensorrt": ["export/plugin_triton.py", "export/trt_build.py", "engine/backends/trt_library.py"],
     "tensorrt_rtx": ["export/trt_build.py", "engine/backends/trt_library.py"],
     "openvino": ["engine/backends/ov.py"],
     "onnxruntime": ["engine/backends/ort.py"],
     "onnx": ["export/*.py"],
     "onnxscript": ["export/*.py"],
-    "triton": ["kernels/triton_*.py", "kernels/aot.py"],
+    "triton": ["kernels/triton_*.py", "kernels/aot.py", "export/plugin_triton.py"],
     "mlxtend": ["recipes/digits_data.py"],
     "diffusers": ["benchmarks/random_models.py"],
     "torchvision": [],

@@ -143,9 +143,9 @@ def test_second_build_of_a_key_builds_nothing(onnx, tmp_path, monkeypatch):
     builds: list[str] = []
     build = PlanBuilder._build
 
-    def counted(self, path, file, batch):
+    def counted(self, path, file, batch, cache):
         builds.append(file)
-        return build(self, path, file, batch)
+        return build(self, path, file, batch, cache)
 
     monkeypatch.setattr(PlanBuilder, "_build", counted)
     first = rtx("sm89").build(onnx, (2, 2, 2), "fp16", tmp_path)

@@ -18,7 +18,8 @@ from trt_fakes import VERSION, AlignedDevice, fake_library, write_plan
 
 from engine.backends import open_backend, open_guide
 from engine.backends.trt import TrtBackend, TrtGuide
-from engine.backends.trt_library import Library, Plans, cache_folder, find_plans, load_library, make_log
+from engine.backends.trt_library import Library, Plans, cache_folder, find_plans, load_library
+from engine.backends.trt_log import make_log
 from engine.bundle import Bundle, ClassifierEntry, PlanEntry, write_manifest
 from engine.cuda_graph import SlotPool
 from engine.device import CpuDevice, CudaDevice
@@ -167,6 +168,21 @@ def test_a_call_that_fails(tmp_path):
     library.log.log(2, "out of memory in myelin")
     with pytest.raises(BackendError, match="could not run the plan: .*out of memory in myelin; check the GPU"):
         backend(*inputs(2))
+
+
+def test_a_plan_without_weights_takes_them_from_the_onnx_file(tmp_path):
+    bundle, library = make_bundle(tmp_path / "b", [(1, 1, 1)]), fake_library(networks(), "tensorrt")
+    for content, outcome in ((b"the weights", None), (b"others", "cannot give .* of unet.fp16.onnx: a weight is miss")):
+        (bundle.path / "unet.fp16.onnx").write_bytes(content)
+        plan = dataclasses.replace(bundle.manifest.plans[0], weights_file="unet.fp16.onnx")
+        write_manifest(bundle.path, dataclasses.replace(bundle.manifest, plans=(plan,)))
+        bundle = Bundle.open(bundle.path)
+        if outcome is None:
+            TrtBackend(bundle, None, opened(bundle, library, AlignedDevice()), AlignedDevice())
+            assert library.trt.engines[-1].weights == content
+        else:
+            with pytest.raises(BackendError, match=outcome):
+                TrtBackend(bundle, None, opened(bundle, library, AlignedDevice()), AlignedDevice())
 
 
 def test_a_plan_of_another_type_is_refused(tmp_path, monkeypatch):

@@ -14,7 +14,8 @@ import torch
 from device_fakes import RecordingDevice
 from torch import Tensor
 
-from engine.backends.trt_library import Library, make_log
+from engine.backends.trt_library import Library
+from engine.backends.trt_log import make_log
 
 VERSION = "1.7.1"
 
@@ -129,6 +130,7 @@ class ICudaEngine:
         self.names = [*plan["inputs"], *plan["outputs"]]
         self.dtypes = {n: torch.int64 if n == "y" else torch.float32 for n in self.names}
         self.contexts: list[IExecutionContext] = []
+        self.weights: bytes | None = None
 
     @property
     def num_io_tensors(self) -> int:
@@ -176,6 +178,27 @@ class Runtime:
         return self.trt.engines[-1]
 
 
+class Refitter:
+    def __init__(self, engine: ICudaEngine, logger: ILogger) -> None:
+        self.engine = engine
+
+    def refit_cuda_engine(self) -> bool:
+        return self.engine.weights is not None
+
+
+class OnnxParserRefitter:
+    def __init__(self, refitter: Refitter, logger: ILogger) -> None:
+        self.refitter, self.logger = refitter, logger
+
+    def refit_from_file(self, file: str) -> bool:
+        weights = Path(file).read_bytes()
+        if weights != b"the weights":
+            self.logger.log(ILogger.Severity.ERROR, "a weight is missing")
+            return False
+        self.refitter.engine.weights = weights
+        return True
+
+
 def fake_library(networks: dict[str, Any], name: str = "tensorrt_rtx") -> Library:
     """networks: name -> function of the inputs by name that gives the outputs by name."""
     trt = SimpleNamespace(
@@ -183,7 +206,7 @@ def fake_library(networks: dict[str, Any], name: str = "tensorrt_rtx") -> Librar
         ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"),
         CudaGraphStrategy=SimpleNamespace(DISABLED="off"),
         DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
-        engines=[], configs=[], is_capturable=True, runs=True,
+        Refitter=Refitter, OnnxParserRefitter=OnnxParserRefitter, engines=[], configs=[], is_capturable=True, runs=True,
     )  # fmt: skip
     trt.Runtime = type("Runtime", (Runtime,), {"trt": trt})
     return Library(name, trt, make_log(trt))

@@ -47,15 +47,17 @@ class _Context:
 class _Engine:
     """One deserialised plan and its contexts."""
 
-    def __init__(self, library: Library, entry: PlanEntry, path: Path, sha256: str, device: Device) -> None:
+    def __init__(self, library: Library, entry: PlanEntry, bundle: Bundle, device: Device) -> None:
         self._library, self._entry, self._device = library, entry, device
         trt = library.trt
-        library.log.lines.clear()
+        library.log.clear()
         self._runtime = trt.Runtime(library.log)
-        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        self._engine = self._runtime.deserialize_cuda_engine(bundle.file(entry.file).read_bytes())
         if self._engine is None:
             remedy = f"check the driver with nvidia-smi, or build the plan again with: {REBUILD}"
             raise library.failure(f"cannot load {entry.file}", remedy)
+        if entry.weights_file is not None:
+            self._take_weights(bundle.file(entry.weights_file))
         tensors = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self.names: tuple[str, ...] = tuple(tensors)
         is_input = {name: self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in tensors}
@@ -64,8 +66,18 @@ class _Engine:
             raise BackendError(f"{entry.file} has tensors {', '.join(tensors)}, not ours; build it with: {REBUILD}")
         self._contexts: dict[int, _Context] = {}
         self._memory: Tensor | None = None
-        self._cache_file = cache_folder() / f"{sha256}.bin"
+        self._cache_file = cache_folder() / f"{bundle.manifest.files[entry.file].sha256}.bin"
         self._cache: Any = None
+
+    def _take_weights(self, onnx: Path) -> None:
+        """Give a plan that was built without its weights those of the ONNX file that it was built from."""
+        trt, log = self._library.trt, self._library.log
+        refitter = trt.Refitter(self._engine, log)
+        parser = trt.OnnxParserRefitter(refitter, log)
+        if not (parser.refit_from_file(str(onnx)) and refitter.refit_cuda_engine()):
+            raise self._library.failure(
+                f"cannot give {self._entry.file} the weights of {onnx.name}", f"build the plan again with: {REBUILD}"
+            )
 
     def dtype(self, name: str) -> torch.dtype:
         """What a buffer of this name holds; raises BackendError for what no network of ours takes or gives."""
@@ -188,12 +200,7 @@ class TrtNetwork:
 
     def __init__(self, bundle: Bundle, network: str, plans: Plans, device: Device) -> None:
         self.plans, self.device = plans, device
-        self._engines = {
-            entry.file: _Engine(
-                plans.library, entry, bundle.file(entry.file), bundle.manifest.files[entry.file].sha256, device
-            )
-            for entry in plans.entries
-        }
+        self._engines = {entry.file: _Engine(plans.library, entry, bundle, device) for entry in plans.entries}
         self._calls: dict[int, BoundPlan] = {}
 
     def fit(self, batch: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from engine.backends.trt_log import process_log
 from engine.bundle import Bundle, PlanEntry
 from engine.device import no_gpu
 from engine.errors import BackendError
@@ -113,7 +113,7 @@ def _fitting(
     version = str(library.trt.__version__)
     usable = []
     for entry in entries:
-        if here not in entry.targets:
+        if not any(runs_on(target, here) for target in entry.targets):
             reasons.append(
                 f"{entry.file} was built for {', '.join(entry.targets)} and this GPU is {here}; build it with: "
                 f"{REBUILD} --target {here}"
@@ -133,6 +133,13 @@ def _fitting(
             f"its plans are {', '.join(sorted(offered))}; build others with: {REBUILD} --precision {precision}"
         )
     return fitting
+
+
+def runs_on(target: str, here: str) -> bool:
+    """Whether a GPU such as "sm89" runs what was built for a target: itself, or "sm80+" for all from 8.0 on."""
+    if target.endswith("+"):
+        return int(here.removeprefix("sm")) >= int(target[:-1].removeprefix("sm"))
+    return here == target
 
 
 def gpu_capability() -> str:
@@ -165,24 +172,7 @@ def load_library(name: str) -> Library | None:
             return None
     except (ImportError, OSError):
         return None
-    return Library(name, trt, make_log(trt))
-
-
-def make_log(trt: Any) -> Any:
-    """A logger that keeps the last lines; a process may have one of a library only."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps the last warnings and errors."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: deque[str] = deque(maxlen=20)
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity <= trt.ILogger.Severity.WARNING:
-                self.lines.append(msg)
-
-    return Log()
+    return Library(name, trt, process_log(trt))
 
 
 def cache_folder() -> Path:
