@@ -23,6 +23,9 @@ from engine.unet import UNet
 from export.onnx_file import EXTERNAL_DATA_BYTES
 
 LEVELS = 127
+SMALLEST = 2.0**-24
+"""float16's smallest number: scales are float16."""
+
 CLIPS = tuple(1 - 0.05 * i for i in range(15))
 """Shares of the largest magnitude that calibration tries as the end of the range."""
 
@@ -83,7 +86,7 @@ def calibrate(unet: UNet, calls: Sequence[Mapping[str, Tensor]]) -> dict[str, fl
 
 def best_scale(magnitudes: Tensor, largest: float) -> float:
     """The scale of least squared error for these magnitudes [N], of which the tensor's largest is `largest`."""
-    scales = [max(largest * clip, 1e-6) / LEVELS for clip in CLIPS]
+    scales = [max(largest * clip / LEVELS, SMALLEST) for clip in CLIPS]
     return min(
         scales, key=lambda s: float(((magnitudes / s).round().clamp(max=LEVELS) * s - magnitudes).square().sum())
     )
@@ -92,7 +95,7 @@ def best_scale(magnitudes: Tensor, largest: float) -> float:
 def channel_scales(weight: np.ndarray) -> np.ndarray:
     """[Cout] float16 for a weight [Cout, Cin, k, k]; no smaller than float16's smallest number."""
     largest = np.abs(weight.astype(np.float32)).reshape(len(weight), -1).max(axis=1)
-    return np.maximum((largest / LEVELS).astype(np.float16), np.float16(2**-24))
+    return np.maximum((largest / LEVELS).astype(np.float16), np.float16(SMALLEST))
 
 
 def _quantised(onnx: Any, graph: Any, conv: Any, weight: Any, scale: float) -> list[Any]:

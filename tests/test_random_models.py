@@ -129,3 +129,17 @@ def test_the_ddpm_network_is_fused_for_every_target(tmp_path):
     # Measured: 907 MB. fp32 moves 1954 MB, and norms in fp32 beside the rest in fp16 1508 MB.
     assert fusion.traffic_bytes is not None
     assert fusion.traffic_bytes < 1.0e9
+
+
+@pytest.mark.slow
+@pytest.mark.trt
+def test_the_adm_network_is_fused_for_every_target(tmp_path):
+    """Adaptive norms keep SiLU apart from the norm's own kernel only where the graph does; every attention is one."""
+    path, builder = half_onnx(tmp_path, MODELS["adm-64"]), rtx_builder(None)
+    wanted = fusable(path)
+    fusion = builder.build(path, (4, 4, 4), "fp16").fusion
+    assert fusion is not None
+    assert (fusion.norm_silu, fusion.attention) == (len(wanted.norm_silu), len(wanted.attention))
+    assert fusion.unfused == fusion.fp32_activations == ()
+    # Attention at 32, 16 and 8: 3 x 3 on the way down, one in the middle, 3 x 4 on the way up.
+    assert fusion.attention == 22
