@@ -203,7 +203,11 @@ def find_builders(targets: tuple[str, ...] | None, options: BuildOptions = NO_OP
     if rtx is not None:
         builders.append(PlanBuilder(rtx, "tensorrt_rtx", "rtx.plan", _known(targets, rtx)))
     elif targets is not None:
-        reason = "is not used with --plugins" if options.triton_plugins else f"is not installed; {RTX_PIP_LINE}"
+        reason = (
+            "is not used with --plugins"
+            if options.triton_plugins
+            else f"is not installed; install it with: {RTX_PIP_LINE}"
+        )
         raise ExportError(f"--target {','.join(targets)} needs TensorRT-RTX, which {reason}")
     capability = _gpu_capability()
     datacentre = _import_tensorrt() if capability is not None else None
