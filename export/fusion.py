@@ -172,8 +172,8 @@ def warn_unfused(file: str, report: FusionReport) -> None:
     """Name the layers that TensorRT did not fuse."""
     if report.unfused:
         logger.warning(
-            "%s: not fused: %s. Groups of one channel, or of a count that is no power of two, have no fused kernel; "
-            "the plan is right and slower",
+            "%s: not fused: %s. The library has no fused kernel for them; known are groups of 1, 3 or 6 channels, "
+            "and norms before a resampling; the plan is right and slower",
             file,
             ", ".join(report.unfused),
         )
