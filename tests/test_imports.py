@@ -27,13 +27,17 @@ ARROWS = {
 OPTIONAL = {
     "tensorrt": ["export/plugin_triton.py", "export/trt_build.py", "engine/backends/trt_library.py"],
     "tensorrt_rtx": ["export/trt_build.py", "engine/backends/trt_library.py"],
-    "openvino": ["engine/backends/ov.py"],
-    "onnxruntime": ["engine/backends/ort.py"],
+    "openvino": ["engine/backends/ov.py", "benchmarks/peer_*.py"],
+    "onnxruntime": ["engine/backends/ort.py", "benchmarks/peer_*.py"],
     "onnx": ["export/*.py"],
     "onnxscript": ["export/*.py"],
     "triton": ["kernels/triton_*.py", "kernels/aot.py", "export/plugin_triton.py"],
     "mlxtend": ["recipes/digits_data.py"],
-    "diffusers": ["benchmarks/random_models.py"],
+    "diffusers": ["benchmarks/*.py"],
+    "denoising_diffusion_pytorch": ["benchmarks/*.py"],
+    "matplotlib": ["benchmarks/plots.py"],
+    "rich": ["benchmarks/report.py"],
+    "jsonschema": [],
     "torchvision": [],
 }
 

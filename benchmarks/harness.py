@@ -1,0 +1,58 @@
+"""What every benchmark's command line shares: its options, its exit status, and where its files go."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.report import EXIT_RED, Report, print_report
+from engine.command import run_command
+from engine.files import make_folder
+
+
+def make_parser(name: str, description: str, *, takes_bundle: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options that all benchmarks have. name: of the module, e.g. "step_latency"."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    if takes_bundle:
+        parser.add_argument("bundle", type=Path, help="folder that export.to_onnx or export.to_trt made")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench"), help=f"folder for {name}.json and its picture (default bench)"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads of every variant (default: all cores)")
+    parser.add_argument("--short", action="store_true", help="fewer rounds and sizes: minutes instead of an hour")
+    return parser
+
+
+def command_line(name: str, argv: Sequence[str] | None) -> str:
+    """The command as a reader would type it."""
+    return shlex.join(["python", "-m", f"benchmarks.{name}", *(sys.argv[1:] if argv is None else argv)])
+
+
+def run_benchmark(
+    name: str,
+    parser: argparse.ArgumentParser,
+    work: Callable[[argparse.Namespace, str], Report],
+    draw: Callable[[Report, Path], None],
+    argv: Sequence[str] | None,
+) -> int:
+    """Run a benchmark; returns its exit status: 0, EXIT_RED where a check failed, 2 for bad input.
+
+    work: (arguments, command line) -> report. draw: writes the report's picture to a path.
+    """
+    is_red = False
+
+    def action(args: argparse.Namespace) -> None:
+        nonlocal is_red
+        make_folder(args.out)
+        report = work(args, command_line(name, argv))
+        is_red = report.is_red
+        report.save(args.out / f"{name}.json")
+        draw(report, args.out / f"{name}.png")
+        print_report(report)
+        print(f"written: {args.out / f'{name}.json'}, {args.out / f'{name}.png'}")
+
+    status = run_command(action, parser.parse_args(argv))
+    return status or (EXIT_RED if is_red else 0)

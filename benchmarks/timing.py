@@ -1,0 +1,111 @@
+"""The only timer: variants take turns A B B A, so that whatever drifts on the machine meets all of them alike."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+
+Float64 = npt.NDArray[np.float64]
+
+
+class Clock(Protocol):
+    """Runs work once and says how many milliseconds it took."""
+
+    def __call__(self, work: Callable[[], object]) -> float: ...
+
+
+def wall_ms(work: Callable[[], object]) -> float:
+    """Wall time of work that is finished when it returns."""
+    start = time.perf_counter_ns()
+    work()
+    return (time.perf_counter_ns() - start) / 1e6
+
+
+def cuda_ms(work: Callable[[], object]) -> float:
+    """Between two events on torch's current stream, on which work is enqueued; host time in between included."""
+    stream: Any = torch.cuda.current_stream()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record(stream)
+    work()
+    end.record(stream)
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def clock_for(device: torch.device) -> Clock:
+    """The clock of what runs on a device."""
+    return cuda_ms if device.type == "cuda" else wall_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One thing to time. work does the same each time it is called."""
+
+    name: str
+    work: Callable[[], object]
+    clock: Clock = wall_ms
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Series:
+    """What one variant took. first_ms: its first call; warm_up_ms: those after it that do not count.
+
+    rounds_ms: [R, 2], in every round the turn on the way there and the one on the way back.
+    """
+
+    first_ms: float
+    warm_up_ms: tuple[float, ...]
+    rounds_ms: Float64
+
+    @property
+    def all_ms(self) -> Float64:
+        """Every counted time, [2 R]."""
+        return self.rounds_ms.reshape(-1)
+
+
+def interleave(
+    variants: Sequence[Variant],
+    rounds: int,
+    *,
+    warm_up: int = 2,
+    settle: int = 1,
+    budget_s: float = math.inf,
+    least_rounds: int = 4,
+    title: str = "",
+) -> dict[str, Series]:
+    """Time variants in turn: A B C, then C B A, which is one round; results by name.
+
+    settle: untimed calls at the start of a turn, which bring back what the turn before drove from the caches and let
+    its threads go to sleep. budget_s: after that many seconds no round begins, once there are least_rounds. Raises
+    ValueError for names that are not unique.
+    """
+    names = [variant.name for variant in variants]
+    if len(set(names)) != len(names) or not names:
+        raise ValueError(f"variants need names of their own, got {names}")
+    first = {v.name: v.clock(v.work) for v in variants}
+    warm = {v.name: tuple(v.clock(v.work) for _ in range(warm_up)) for v in variants}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    end = time.monotonic() + budget_s
+    for number in tqdm(range(rounds), title, disable=not sys.stderr.isatty(), leave=False):
+        if number >= least_rounds and time.monotonic() > end:
+            break
+        there = [_turn(variant, settle) for variant in variants]
+        back = [_turn(variant, settle) for variant in reversed(variants)][::-1]
+        for name, pair in zip(names, zip(there, back, strict=True), strict=True):
+            taken[name].append(pair)
+    return {name: Series(first[name], warm[name], np.array(taken[name])) for name in names}
+
+
+def _turn(variant: Variant, settle: int) -> float:
+    for _ in range(settle):
+        variant.work()
+    return variant.clock(variant.work)
