@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from benchmarks.stats import spread
+from benchmarks.step_device import device_step
+from benchmarks.timing import Clock, Variant, interleave, on_stream
 from engine.backends import open_backend
 from engine.backends.trt_library import gpu_capability
 from engine.bundle import Bundle
@@ -20,12 +22,8 @@ from engine.command import run_command
 from engine.device import Device, cuda_device
 from engine.errors import BackendError, RequestError, UNetRTError
 from engine.files import atomic_path
-from engine.fused_update import update_for
-from engine.guidance import EVERYWHERE
 from engine.sampler import Sampler
-from engine.slot_state import Arena, HostSlots, allocate_state
 from engine.solvers import ddim_table
-from engine.step_program import StepProgram, Variant
 
 BACKENDS = (("eager", "fp32"), ("eager", "fp16"), ("ort", "fp32"), ("trt", "fp16"))
 REFERENCE = "ort:fp32"
@@ -37,7 +35,7 @@ CHECKPOINT, CLASSIFIER = _ASSETS / "digits.pt", _ASSETS / "classifier.pt"
 # What assets/digits.pt does not hold (assets/MODEL_CARD.md).
 _FACTS = "--family openai-guided --image-size 32x32 --num-head-channels 32 --noise-schedule cosine --prediction x0"
 _IMAGES, _STEPS, _BATCH = 10, 50, 16
-_WARM_UP, _ROUNDS = 20, 200
+_WARM_UP, _ROUNDS = 20, 100
 
 
 def bundle_folder(work: Path) -> Path:
@@ -95,63 +93,25 @@ def latency(work: Path) -> dict[str, Any]:
             missing[name] = str(error)
     if not steps:
         raise BackendError(f"no backend could be measured: {missing}")
-    return {"batch": _BATCH, "steps": interleaved(steps, cuda_milliseconds, _WARM_UP, _ROUNDS), "missing": missing}
+    return {"batch": _BATCH, "steps": times(steps, on_stream(device.main)), "missing": missing}
 
 
 def step_ways(name: str, backend: Any, device: Device, batch: int) -> dict[str, Callable[[], None]]:
     """One step of `batch` slots, enqueued as it is and as a replay; the slots' rows end soon, the work stays."""
-    manifest = backend.manifest
-    state = allocate_state(device, manifest.config, batch)
-    arena = Arena(device, state, manifest.diffusion.timestep_scale, EVERYWHERE)
-    placed = arena.place(ddim_table(manifest.diffusion, _STEPS), EVERYWHERE, set())
-    host = HostSlots(batch)
-    for slot in range(batch):
-        host.enter(slot, placed.first, placed.last, slot, (0.0, 1.0, 0.0, 1.0, 0.0))
-    device.copy_in(state.ints, torch.from_numpy(host.ints))
-    device.copy_in(state.x_t, torch.randn(state.x_t.shape, generator=torch.Generator().manual_seed(0)))
-    program = StepProgram(
-        device, state, manifest.config, manifest.diffusion.prediction, backend, None, update_for(backend.device)
-    )
-    program.prepare(Variant())
-    direct = partial(program.enqueue, Variant())
+    direct = device_step(device, backend, ddim_table(backend.manifest.diffusion, _STEPS), batch).enqueue
     direct()
     device.synchronize()
     graph = device.capture(direct)
     return {name: direct, f"{name} + graph": partial(device.replay, graph)}
 
 
-def interleaved(
-    steps: Mapping[str, Callable[[], None]],
-    milliseconds: Callable[[Callable[[], None]], float],
-    warm_up: int,
-    rounds: int,
+def times(
+    steps: Mapping[str, Callable[[], None]], clock: Clock, warm_up: int = _WARM_UP, rounds: int = _ROUNDS
 ) -> dict[str, dict[str, float]]:
-    """Each step in turn, round after round, so that a change of clock meets all of them alike.
-
-    milliseconds: runs a step and says how long it took. The first warm_up rounds do not count.
-    """
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(warm_up + rounds):
-        for name, step in steps.items():
-            value = milliseconds(step)
-            if number >= warm_up:
-                taken[name].append(value)
-    result = {}
-    for name, values in taken.items():
-        p10, median, p90 = np.percentile(values, [10, 50, 90]).tolist()
-        result[name] = {"median_ms": median, "p10_ms": p10, "p90_ms": p90}
-    return result
-
-
-def cuda_milliseconds(step: Callable[[], None]) -> float:
-    """Between two events on the stream that the step is enqueued on, host time in between included."""
-    stream: Any = cuda_device().main
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record(stream)
-    step()
-    end.record(stream)
-    end.synchronize()
-    return start.elapsed_time(end)
+    """Median and spread of each step; they take turns, so that a change of clock meets all of them alike."""
+    taken = interleave([Variant(name, step, clock) for name, step in steps.items()], rounds, warm_up=warm_up)
+    spreads = {name: spread(series.all_ms) for name, series in taken.items()}
+    return {name: {"median_ms": s.p50_ms, "p10_ms": s.p10_ms, "p90_ms": s.p90_ms} for name, s in spreads.items()}
 
 
 def run(args: argparse.Namespace) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +21,8 @@ from engine.files import atomic_path
 
 SCHEMA_VERSION = 1
 EXIT_RED = 1
+_FILE_COLUMNS = 240
+"""Width of what is not printed on a terminal: a log can be scrolled, a column cut to "4..." cannot be read."""
 Value = str | int | float | bool | None
 
 
@@ -97,9 +101,12 @@ class Report:
             "environment": dict(self.environment),
             "subject": dict(self.subject),
             "settings": dict(self.settings),
-            "rows": [{"case": dict(row.case), "metrics": dict(row.metrics)} for row in self.rows],
+            "rows": [
+                {"case": dict(row.case), "metrics": {name: _finite(value) for name, value in row.metrics.items()}}
+                for row in self.rows
+            ],
             "comparisons": [comparison.to_dict() for comparison in self.comparisons],
-            "checks": [dataclasses.asdict(check) for check in self.checks],
+            "checks": [dataclasses.asdict(check) | {"value": _finite(check.value)} for check in self.checks],
             "missing": [dataclasses.asdict(each) for each in self.missing],
             "passed": not self.is_red,
         }
@@ -125,6 +132,11 @@ class Report:
             temporary.write_text(text + "\n", encoding="utf-8")
 
 
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity; a check that met one failed, and says so."""
+    return value if value is None or math.isfinite(value) else None
+
+
 def read_report(path: Path) -> Report:
     """The report in a JSON file; raises BundleError for a file that holds none, or one of another version."""
     try:
@@ -144,17 +156,8 @@ def read_report(path: Path) -> Report:
 def print_report(report: Report) -> None:
     """Tables of rows, comparisons and checks on the terminal."""
     console, table = _rich()
-    shown = table(title=f"{report.benchmark}: {report.subject.get('name', '')}")
-    cases = list(dict.fromkeys(name for row in report.rows for name in row.case))
-    metrics = list(dict.fromkeys(name for row in report.rows for name in row.metrics))
-    for name in cases:
-        shown.add_column(name)
-    for name in metrics:
-        shown.add_column(name, justify="right")
-    for row in report.rows:
-        texts = [_case_text(row.case.get(name)) for name in cases]
-        shown.add_row(*texts, *(number(row.metrics.get(name)) for name in metrics))
-    console.print(shown)
+    for shown in _row_tables(table, report, console.width):
+        console.print(shown)
     if report.comparisons:
         console.print(_comparison_table(table, report.comparisons))
     for each in report.missing:
@@ -162,6 +165,39 @@ def print_report(report: Report) -> None:
     for check in report.checks:
         style = "green" if check.passed else "bold red"
         console.print(check_text(check), style=style, markup=False)
+
+
+def _row_tables(table: Any, report: Report, width: int) -> Iterator[Any]:
+    """The rows, with as many metrics side by side as the terminal is wide."""
+    cases = list(dict.fromkeys(name for row in report.rows for name in row.case))
+    metrics = list(dict.fromkeys(name for row in report.rows for name in row.metrics))
+    columns = {name: [_case_text(row.case.get(name)) for row in report.rows] for name in cases}
+    columns |= {name: [number(row.metrics.get(name)) for row in report.rows] for name in metrics}
+    # A cell has a border and two spaces beside its text.
+    widths = {name: max(map(len, [name, *texts])) + 3 for name, texts in columns.items()}
+    left = list(metrics)
+    while left:
+        free, taken = width - 1 - sum(widths[name] for name in cases), 0
+        while taken < len(left) and (free := free - widths[left[taken]]) >= 0:
+            taken += 1
+        names, left = left[: max(taken, 1)], left[max(taken, 1) :]
+        shown = table(title=f"{report.benchmark}: {report.subject.get('name', '')}")
+        for name in (*cases, *names):
+            shown.add_column(name, justify="right" if name in names else "left")
+        for index in range(len(report.rows)):
+            shown.add_row(*(columns[name][index] for name in (*cases, *names)))
+        yield shown
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[tuple[Sequence[str], str]]) -> None:
+    """A table on the terminal; each row is its texts and rich's name of a style."""
+    console, table = _rich()
+    shown = table(title=title)
+    for name in columns:
+        shown.add_column(name)
+    for texts, style in rows:
+        shown.add_row(*texts, style=style)
+    console.print(shown)
 
 
 def _comparison_table(table: Any, comparisons: Sequence[Comparison]) -> Any:
@@ -205,4 +241,4 @@ def _rich() -> tuple[Any, Any]:
         from rich.table import Table
     except ImportError as error:
         raise MissingPackageError("rich", "the table of a benchmark", "bench") from error
-    return Console(), Table
+    return Console(width=None if sys.stdout.isatty() else _FILE_COLUMNS), Table

@@ -41,18 +41,33 @@ def cuda_ms(work: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
+def on_stream(stream: Any) -> Clock:
+    """The clock of work that is enqueued on this stream of torch.cuda, whichever is current."""
+
+    def clock(work: Callable[[], object]) -> float:
+        with torch.cuda.stream(stream):
+            return cuda_ms(work)
+
+    return clock
+
+
 def clock_for(device: torch.device) -> Clock:
     """The clock of what runs on a device."""
     return cuda_ms if device.type == "cuda" else wall_ms
 
 
+def _nothing() -> None:
+    """Done before work that needs nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One thing to time. work does the same each time it is called."""
+    """One thing to time. work does the same each time it is called; prepare runs before each call and is not timed."""
 
     name: str
     work: Callable[[], object]
     clock: Clock = wall_ms
+    prepare: Callable[[], object] = _nothing
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,8 +106,8 @@ def interleave(
     names = [variant.name for variant in variants]
     if len(set(names)) != len(names) or not names:
         raise ValueError(f"variants need names of their own, got {names}")
-    first = {v.name: v.clock(v.work) for v in variants}
-    warm = {v.name: tuple(v.clock(v.work) for _ in range(warm_up)) for v in variants}
+    first = {v.name: _turn(v, 0) for v in variants}
+    warm = {v.name: tuple(_turn(v, 0) for _ in range(warm_up)) for v in variants}
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     end = time.monotonic() + budget_s
     for number in tqdm(range(rounds), title, disable=not sys.stderr.isatty(), leave=False):
@@ -107,5 +122,7 @@ def interleave(
 
 def _turn(variant: Variant, settle: int) -> float:
     for _ in range(settle):
+        variant.prepare()
         variant.work()
+    variant.prepare()
     return variant.clock(variant.work)

@@ -93,7 +93,8 @@ class CpuDevice:
     """CPU tensors; a captured program is the program itself."""
 
     def __init__(self) -> None:
-        self.kind, self.main = torch.device("cpu"), CpuStream()
+        self.kind = torch.device("cpu")
+        self.main: Stream = CpuStream()
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)

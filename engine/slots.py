@@ -88,6 +88,7 @@ class Slots:
     """The state of up to `capacity` images in progress on one backend.
 
     noise: where normals come from, (seeds, draws, shape, stream) -> [B, C, H, W]; engine.noise.normal unless injected.
+    update: the end of a step, with the arguments and results of kernels.reference.solver_update.
     """
 
     def __init__(
@@ -96,9 +97,10 @@ class Slots:
         capacity: int,
         guidance: ClassifierGuidance | None = None,
         noise: NoiseSource = normal,
+        update: Callable[..., tuple[Tensor, Tensor]] = solver_update,
     ) -> None:
         config = backend.manifest.config
-        self._backend, self._guidance, self._noise = backend, guidance, noise
+        self._backend, self._guidance, self._noise, self._update = backend, guidance, noise, update
         self._shape = (config.in_channels, *config.image_size)
         self._requests: list[Request | None] = [None] * capacity
         self._row = np.zeros(capacity, dtype=np.int64)
@@ -178,7 +180,7 @@ class Slots:
         if not rows[:, _PERCENTILE].any():
             values["percentile"] = None
         row = Coefficients(**values)  # type: ignore[arg-type]
-        result = solver_update(
+        result = self._update(
             row,
             x_t,
             out,

@@ -96,18 +96,18 @@ def test_the_real_parts():
     assert gpu_check.BUDGET_S < 600
 
 
-def test_steps_are_interleaved_and_the_warm_up_does_not_count():
+def test_steps_take_turns_and_the_warm_up_does_not_count():
     order: list[str] = []
-    times = {"a": iter([100.0, *range(11)]), "b": iter([100.0] + [5.0] * 11)}
+    times = {"a": iter([100.0, 100.0, *range(12)]), "b": iter([100.0, 100.0] + [5.0] * 12)}
 
-    def milliseconds(step):
+    def clock(step):
         step()
         return float(next(times[order[-1]]))
 
     steps = {name: (lambda name=name: order.append(name)) for name in times}
-    result = gpu_parts.interleaved(steps, milliseconds, 1, 11)
-    assert order == ["a", "b"] * 12
-    assert result["a"] == {"median_ms": 5.0, "p10_ms": 1.0, "p90_ms": 9.0}
+    result = gpu_parts.times(steps, clock, warm_up=1, rounds=6)
+    assert "".join(order) == "ab" + "ab" + 6 * ("aabb" + "bbaa")
+    assert result["a"] == pytest.approx({"median_ms": 5.5, "p10_ms": 1.1, "p90_ms": 9.9})
     assert result["b"] == {"median_ms": 5.0, "p10_ms": 5.0, "p90_ms": 5.0}
 
 
