@@ -1,0 +1,114 @@
+"""Who computes the operators: torch, the reference that the eager backend runs on a CPU, and our Triton kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.report import Missing
+from engine.fused_update import fused_update
+from engine.operators import TritonOperators
+from engine.step_program import Update, torch_update
+from kernels import reference
+
+NormSilu = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
+"""kernels.reference.group_norm_silu: x [B, C, H, W], weight, bias [C], num_groups, eps."""
+ModulatedNormSilu = Callable[[Tensor, Tensor, Tensor, int, float, Tensor, Tensor], Tensor]
+"""The same with scale, shift [B, C] between: kernels.reference.scale_shift_silu of group_norm."""
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""kernels.reference.attention: q, k, v [B, heads, N, head_dim], 1/sqrt(head_dim) part of q."""
+Convolution = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""3 x 3, stride 1, zeros around: x [B, C, H, W], weight [C', C, 3, 3], bias [C']."""
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """One implementation of each operator; None where it has none."""
+
+    name: str
+    norm_silu: NormSilu | None = None
+    modulated_norm_silu: ModulatedNormSilu | None = None
+    attention: Attention | None = None
+    convolution: Convolution | None = None
+    update: Update | None = None
+
+
+BASELINE = "torch"
+"""What every other provider is compared with."""
+
+
+def torch_provider() -> Provider:
+    """torch's own operators, called one by one."""
+    return Provider(BASELINE, _norm_silu, _modulated_norm_silu, _scaled_dot_product, _convolution, torch_update)
+
+
+def reference_provider() -> Provider:
+    """The attention that keeps its matrix of scores; the other references are torch's operators."""
+    return Provider("reference", attention=reference.attention)
+
+
+def triton_provider() -> Provider:
+    """Our Triton kernels, as the eager backend calls them on a GPU; they have no convolution."""
+    operators = TritonOperators()
+    return Provider(
+        "triton",
+        norm_silu=operators.group_norm_silu,
+        modulated_norm_silu=operators.adaptive_group_norm_silu,
+        attention=operators.attention,
+        update=fused_update,
+    )
+
+
+def compiled_provider() -> Provider:
+    """torch.compile of the norms, once for every shape."""
+    return Provider(
+        "torch.compile",
+        norm_silu=torch.compile(_norm_silu, dynamic=False),
+        modulated_norm_silu=torch.compile(_modulated_norm_silu, dynamic=False),
+    )
+
+
+def find_providers(device: torch.device, compiles: bool) -> tuple[tuple[Provider, ...], tuple[Missing, ...]]:
+    """Those that can be timed on a device, the baseline first, and those that cannot. compiles: torch.compile too."""
+    found, missing = [torch_provider(), reference_provider()], []
+    if device.type != "cuda":
+        missing.append(
+            Missing(
+                "triton (group norm, attention, update)",
+                "its kernels need an NVIDIA GPU, and this machine's torch sees none; Triton's interpreter on a CPU is "
+                "for correctness and says nothing of speed",
+            )
+        )
+    elif importlib.util.find_spec("triton") is None:
+        missing.append(Missing("triton (group norm, attention, update)", "not installed; pip install triton"))
+    else:
+        found.append(triton_provider())
+    if compiles:
+        found.append(compiled_provider())
+    else:
+        missing.append(Missing("torch.compile (group norm)", "it compiles for minutes; add --compile to measure it"))
+    return tuple(found), tuple(missing)
+
+
+def _norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
+    return F.silu(F.group_norm(x, num_groups, weight, bias, eps))
+
+
+def _modulated_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, scale: Tensor, shift: Tensor
+) -> Tensor:
+    normed = F.group_norm(x, num_groups, weight, bias, eps)
+    return F.silu(torch.addcmul(shift[:, :, None, None], normed, 1 + scale[:, :, None, None]))
+
+
+def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=1)
