@@ -11,9 +11,10 @@ from torch import Tensor
 
 from benchmarks.report import Missing
 from engine.backends import Backend, open_backend
+from engine.backends.ov import has_bf16
 from engine.bundle import WEIGHTS_NAME, Bundle
 from engine.checkpoint import build_unet
-from engine.errors import RequestError, UNetRTError
+from engine.errors import BackendError, RequestError, UNetRTError
 from engine.unet import UNet
 from export.verify import Case, join, real_cases
 
@@ -70,12 +71,19 @@ def reference_network(bundle: Bundle) -> UNet:
 def open_variants(
     bundle: Bundle, names: Sequence[Name], threads: int | None
 ) -> tuple[dict[str, Backend], tuple[Missing, ...]]:
-    """Backends by "backend precision", in order, and those that this machine or bundle does not have."""
+    """Backends by "backend precision", in order, and those that this machine or bundle does not have.
+
+    OpenVINO in bf16 opens on every CPU, and computes in fp32 on those without bf16: there it is one of the missing.
+    """
     opened: dict[str, Backend] = {}
     missing = []
     for name, precision in names:
         try:
-            opened[f"{name} {precision}"] = open_backend(bundle, name, precision, threads)
+            backend = open_backend(bundle, name, precision, threads)
+            if (name, precision) == ("ov", "bf16") and not has_bf16():
+                backend.close()
+                raise BackendError("this CPU has no bf16 of its own, so OpenVINO computes in fp32")
+            opened[f"{name} {precision}"] = backend
         except (UNetRTError, RuntimeError) as error:
             missing.append(Missing(f"{name} {precision}", str(error)))
     return opened, tuple(missing)

@@ -83,19 +83,23 @@ class _Set:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Squared Fréchet distance between the Gaussians fitted to features a [N, D] and b [M, D], in float64.
+    """Squared Fréchet distance between the Gaussians fitted to features a [N, D] and b [M, D], in float64."""
+    a, b = a.double(), b.double()
+    return frechet_of_moments(a.mean(dim=0), torch.cov(a.T), b.mean(dim=0), torch.cov(b.T))
+
+
+def frechet_of_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """Squared Fréchet distance between Gaussians of these means [D] and covariances [D, D], all float64.
 
     |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)); Heusel et al., GANs Trained by a Two Time-Scale
     Update Rule (2017), eq. 6. With R = C_a^(1/2), C_a C_b has the eigenvalues of R C_b R, which is symmetric.
     """
-    a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     product = root @ cov_b @ root
     # Rounding leaves eigenvalues of a rank-deficient product slightly below zero.
     trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    mean_term = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
+    mean_term = (mean_a - mean_b).square().sum()
     return float(mean_term + cov_a.trace() + cov_b.trace() - 2 * trace)
 
 
