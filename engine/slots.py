@@ -20,6 +20,7 @@ from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance, guided_o
 from engine.noise import INPAINTING, NOISE, NoiseSource, normal
 from engine.prediction import Prediction
 from engine.solvers import COLUMNS, StepTable
+from engine.threads import torch_threads
 from kernels.reference import Coefficients, Known, limit_x0, solver_update
 
 _TIMESTEP = COLUMNS.index("timestep")
@@ -115,6 +116,7 @@ class Slots:
         self._cond = torch.zeros(capacity, config.cond_channels, *config.image_size) if has_cond else None
         self._null_class = config.null_class
         self._timestep_scale = backend.manifest.diffusion.timestep_scale
+        self._network_threads = torch.get_num_threads()
 
     @property
     def free(self) -> list[int]:
@@ -149,7 +151,15 @@ class Slots:
         self._x_t[slot], self._x0[slot] = start, 0.0
 
     def step(self) -> list[Step]:
-        """Advance every image by its next row; finished images leave their slots."""
+        """Advance every image by its next row; finished images leave their slots.
+
+        All but the networks runs on one of torch's threads: these tensors are small, and threads that wait for each
+        other at every operator cost milliseconds on a busy machine.
+        """
+        with torch_threads(1) as self._network_threads:
+            return self._step()
+
+    def _step(self) -> list[Step]:
         live = [i for i, request in enumerate(self._requests) if request is not None]
         requests = [self._requests[i] for i in live]
         rows = np.stack([self._arrays[id(r.table)][self._row[i]] for i, r in zip(live, requests, strict=True)])  # type: ignore[union-attr]
@@ -243,7 +253,8 @@ class Slots:
             x_t, timestep = x_t[rows], timestep[rows]
             cond = None if cond is None else cond[rows]
         sent = [None if value is None else value.to(self._backend.device) for value in (x_t, timestep, label, cond)]
-        out = self._backend(sent[0], sent[1], sent[2], sent[3]).to(x_t.device)  # type: ignore[arg-type]
+        with torch_threads(self._network_threads):
+            out = self._backend(sent[0], sent[1], sent[2], sent[3]).to(x_t.device)  # type: ignore[arg-type]
         if not active:
             return out, {}
         guided = out[:count].clone()
@@ -276,7 +287,8 @@ class Slots:
         if not any(scales):
             return None
         y = torch.tensor([r.classifier_label for r in requests])
-        return self._guidance.guide(x_t, timestep, y, torch.tensor(scales, dtype=torch.float32))[0]
+        with torch_threads(self._network_threads):
+            return self._guidance.guide(x_t, timestep, y, torch.tensor(scales, dtype=torch.float32))[0]
 
     def _known(self, live: list[int], requests: list[Request], rows: np.ndarray) -> Known | None:
         if all(r.known is None for r in requests):

@@ -195,6 +195,30 @@ def test_slots_are_refilled():
     assert order == [1, 2, 0, 3]
 
 
+def test_networks_have_the_callers_threads_and_the_rest_of_a_step_one():
+    found: dict[str, int] = {}
+
+    class Network(Elementwise):
+        def __call__(self, *given: Any) -> Tensor:
+            found["network"] = torch.get_num_threads()
+            return super().__call__(*given)
+
+    class Guide(CountingGuide):
+        def __call__(self, *given: Any) -> tuple[Tensor, Tensor]:
+            found["guide"] = torch.get_num_threads()
+            return super().__call__(*given)
+
+    def noise(*given: Any) -> np.ndarray:
+        found["noise"] = torch.get_num_threads()
+        return normal(*given)
+
+    assert torch.get_num_threads() == 2
+    sampler = Sampler(Network(LABELLED))
+    sampler.sample(1, steps=2, sampler="ddpm", labels=1, guidance=ClassifierGuidance(Guide(), 2.0), noise=noise)
+    assert found == {"network": 2, "guide": 2, "noise": 1}
+    assert torch.get_num_threads() == 2
+
+
 def test_images_at_different_steps_share_a_call():
     backend = Elementwise(PLAIN)
     sampler = Sampler(backend)

@@ -16,6 +16,7 @@ from engine.config import UNetConfig
 from engine.errors import BackendError
 from engine.operators import TritonOperators, use_operators
 from engine.precision import cast_unet
+from engine.threads import torch_threads
 from engine.unet import UNet
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -53,14 +54,8 @@ class EagerBackend:
         """See engine.backends.Backend."""
         if self._unet is None:
             raise BackendError("this backend was closed; open the bundle again")
-        before = torch.get_num_threads()
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
-        try:
-            with torch.inference_mode():
-                return self._unet(x_t, timestep, y, cond)
-        finally:
-            torch.set_num_threads(before)
+        with torch_threads(self._threads), torch.inference_mode():
+            return self._unet(x_t, timestep, y, cond)
 
     def fit(self, batch: int) -> int:
         """Any batch runs as it is."""
