@@ -2,9 +2,11 @@
 
     python -m benchmarks.random_models ddpm-cifar10 random-ddpm     # a diffusers folder, 35.7 million parameters
     python -m benchmarks.random_models adm-64 random-adm            # the same with ADM's 296 million
+    python -m benchmarks.random_models lucidrains-32 random.pt      # a file of denoising-diffusion-pytorch
 
 Weights are torch's own initialisation, with norms off 1 and 0 and no layer that starts at zero, so that every part of
-a network shows in its output. Both are written by diffusers, whose folders hold everything that a translator needs.
+a network shows in its output. The first two are written by diffusers, whose folders hold everything that a translator
+needs; the third by that package itself, as it initialises its network.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.peer_lucidrains import write_random_file
 from engine.command import run_command
 from engine.errors import MissingPackageError, OutputError
 
@@ -54,6 +57,8 @@ ADM_64 = {
 }
 """Dhariwal & Nichol (2021), table 12, ImageNet 64x64: what of it diffusers' blocks can state."""
 
+LUCIDRAINS = "lucidrains-32"
+
 MODELS: dict[str, dict[str, Any]] = {"ddpm-cifar10": DDPM_CIFAR10, "adm-64": ADM_64}
 
 
@@ -88,12 +93,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.random_models",
         description="Write a checkpoint with random weights in the shape of a published network.",
     )
-    parser.add_argument("model", choices=sorted(MODELS))
-    parser.add_argument("out", type=Path, help="folder, which must not exist")
+    parser.add_argument("model", choices=sorted([*MODELS, LUCIDRAINS]))
+    parser.add_argument("out", type=Path, help="folder or file, which must not exist")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
 
     def work(args: argparse.Namespace) -> None:
-        print(f"written: {write_random_model(args.out, MODELS[args.model], args.seed)}")
+        if args.model == LUCIDRAINS:
+            print(f"written: {write_random_file(args.out, args.seed)}")
+        else:
+            print(f"written: {write_random_model(args.out, MODELS[args.model], args.seed)}")
 
     return run_command(work, parser.parse_args(argv))
 

@@ -36,6 +36,7 @@ OPTIONAL = {
     "diffusers": ["benchmarks/*.py"],
     "denoising_diffusion_pytorch": ["benchmarks/*.py"],
     "matplotlib": ["benchmarks/plots.py"],
+    "torch_fidelity": ["benchmarks/judges.py"],
     "rich": ["benchmarks/report.py"],
     "jsonschema": [],
     "torchvision": [],
