@@ -1,4 +1,5 @@
 # make demo: a fresh environment, the shipped checkpoint exported, a grid of digits.   make test: the tests.
+# make bench: the short form of every benchmark, and docs/benchmarks.md.
 # make gpu-check: on a machine with a GPU, everything that needs one.
 
 PYTHON ?= python3
@@ -7,9 +8,9 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --progress-bar off -c constraints.txt
 EXTRAS := onnx,cpu,trt,train,bench,dev
 
-# Their metadata asks for torchvision, which nothing here needs and which would replace torch by a CUDA build.
-NO_DEPS := denoising-diffusion-pytorch pytorch-fid
-# What these packages need apart from it.
+# Its metadata asks for torchvision, which nothing here needs and which would replace torch by a CUDA build.
+NO_DEPS := denoising-diffusion-pytorch
+# What it needs apart from that.
 NO_DEPS_NEED := einops ema-pytorch accelerate scipy
 
 # What assets/digits.pt does not hold (assets/MODEL_CARD.md).
@@ -23,7 +24,7 @@ ifneq ($(wildcard $(GOLDEN)/.),)
 export UNET_RT_GOLDEN ?= $(GOLDEN)
 endif
 
-.PHONY: venv demo test test-slow gpu-check lint clean
+.PHONY: venv demo test test-slow bench gpu-check lint clean
 
 venv: $(VENV)/installed
 
@@ -48,6 +49,10 @@ test-slow: venv
 
 gpu-check: venv
 	$(PY) -m benchmarks.gpu_check --out gpu_check
+
+# Writes docs/benchmarks.md and the table in README.md.
+bench: venv
+	$(PY) -m benchmarks.suite --readme README.md
 
 lint: venv
 	$(PY) -m ruff check

@@ -19,8 +19,9 @@ def make_parser(name: str, description: str, *, takes_bundle: bool = True) -> ar
     if takes_bundle:
         parser.add_argument("bundle", type=Path, help="folder that export.to_onnx or export.to_trt made")
     parser.add_argument(
-        "--out", type=Path, default=Path("bench"), help=f"folder for {name}.json and its picture (default bench)"
+        "--out", type=Path, default=Path("bench"), help="folder for the report and its picture (default bench)"
     )
+    parser.add_argument("--name", default=name, help=f"of the two files (default {name})")
     parser.add_argument("--threads", type=int, help="CPU threads of every variant (default: all cores)")
     parser.add_argument("--short", action="store_true", help="fewer rounds and sizes: minutes instead of an hour")
     return parser
@@ -49,10 +50,11 @@ def run_benchmark(
         make_folder(args.out)
         report = work(args, command_line(name, argv))
         is_red = report.is_red
-        report.save(args.out / f"{name}.json")
-        draw(report, args.out / f"{name}.png")
+        data, picture = (args.out / f"{args.name}.{suffix}" for suffix in ("json", "png"))
+        report.save(data)
+        draw(report, picture)
         print_report(report)
-        print(f"written: {args.out / f'{name}.json'}, {args.out / f'{name}.png'}")
+        print(f"written: {data}, {picture}")
 
     status = run_command(action, parser.parse_args(argv))
     return status or (EXIT_RED if is_red else 0)
