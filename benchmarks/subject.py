@@ -23,9 +23,6 @@ Name = tuple[str, str]
 
 EVERY: tuple[Name, ...] = (
     ("trt", "fp16"),
-    ("native", "bf16"),
-    ("native", "int8"),
-    ("native", "fp32"),
     ("ov", "bf16"),
     ("ov", "fp32"),
     ("ort", "fp32"),
