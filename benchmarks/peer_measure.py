@@ -23,8 +23,6 @@ from engine.errors import UNetRTError
 
 WARM_UP_STEPS = 3
 SETTLE = 1
-SETTLE_MS = 25.0
-"""Of untimed repetitions before a step: the threads of the library before it spin for milliseconds after their work."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,8 +126,7 @@ class TimePlan:
 
 def _seconds(step_ms: Sequence[float], steps: int) -> float:
     """What so many steps of contenders take in turn; two of each round's turns need no settling."""
-    settled_ms = sum(max(SETTLE, math.ceil(SETTLE_MS / ms)) * ms for ms in step_ms)
-    return (sum(step_ms) + settled_ms * (1 - 1 / len(step_ms))) * steps / 1e3
+    return sum(step_ms) * steps * (1 + SETTLE * (1 - 1 / len(step_ms))) / 1e3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,7 +151,7 @@ def measure_steps(contenders: Mapping[str, Contender], tasks: Sequence[Task]) ->
     chains: dict[str, list[Timed]] = {name: [] for name in contenders}
     for task in tasks:
         calls = {name: partial(contender.run, task) for name, contender in contenders.items()}
-        taken = take_turns(calls, task.setting.steps, settle=SETTLE, settle_ms=SETTLE_MS, title=task.name)
+        taken = take_turns(calls, task.setting.steps, settle=SETTLE, title=task.name)
         for name, timed in taken.items():
             chains[name].append(timed)
     return {name: _measured(timed) for name, timed in chains.items()}

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.stats import LEAST_ROUNDS
-from benchmarks.timing import Float64, Series
+from benchmarks.timing import Float64, Series, wait_until_quiet
 from engine.errors import BackendError
 
 LEAST_STEPS = 2 * LEAST_ROUNDS
@@ -82,20 +82,18 @@ class PausedCall:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def advance(self, settle: int = 0, settle_ms: float = 0.0) -> float:
+    def advance(self, settle: int = 0) -> float:
         """Make the network call that it stands before and let it on to the next, or to its end; the ms that took.
 
-        settle: untimed repetitions before, or more until they took settle_ms. Raises what the call raised.
+        settle: untimed repetitions before. Raises what the call raised.
         """
         if self.is_over:
             raise RuntimeError("the call is over")
         pending, start_ns = self._pending, time.perf_counter_ns()
         if pending is not None:
             with pending.modes():
-                done = 0
-                while done < settle or (settle and time.perf_counter_ns() - start_ns < settle_ms * 1e6):
+                for _ in range(settle):
                     pending.again()
-                    done += 1
                 start_ns = time.perf_counter_ns()
                 self._answer = pending.call()
         self._let_on()
@@ -188,13 +186,12 @@ class Timed:
         return self.steps_ms[: len(self.steps_ms) // 2 * 2].reshape(-1, 2)
 
 
-def take_turns(
-    calls: Mapping[str, SamplingCall], steps: int, *, settle: int = 1, settle_ms: float = 0.0, title: str = ""
-) -> dict[str, Timed]:
+def take_turns(calls: Mapping[str, SamplingCall], steps: int, *, settle: int = 1, title: str = "") -> dict[str, Timed]:
     """Every call once, step by step in turn: A B C, then C B A; results by name.
 
-    settle, settle_ms: untimed repetitions before a step, and what they take at least, unless the step before was of the
-    same call. Raises BackendError for a call that does not call its network `steps` times, and whatever a call raised.
+    Unless the step before was of the same call, a step waits until that one's threads sleep. settle: untimed
+    repetitions then. Raises BackendError for a call that does not call its network `steps` times, and whatever a call
+    raised.
     """
     threads = torch.get_num_threads()
     paused = {name: PausedCall(work) for name, work in calls.items()}
@@ -206,7 +203,9 @@ def take_turns(
         for step in tqdm(range(steps), title, disable=not sys.stderr.isatty(), leave=False):
             for name in list(paused) if step % 2 == 0 else reversed(paused):
                 _check_calls(name, paused[name], step, steps)
-                taken[name].append(paused[name].advance(0 if name == before else settle, settle_ms))
+                if name != before:
+                    wait_until_quiet()
+                taken[name].append(paused[name].advance(0 if name == before else settle))
                 before = name
         results = {}
         for name, call in paused.items():

@@ -27,7 +27,7 @@ from benchmarks.harness import make_parser, run_benchmark
 from benchmarks.peer_contenders import OURS, Entrant, Subject, entrants_of
 from benchmarks.peer_files import checkpoint_of, classifier_of
 from benchmarks.peer_loops import Setting, parse_settings, reason_against_loop
-from benchmarks.peer_measure import SETTLE, SETTLE_MS, WARM_UP_STEPS, TimePlan, open_entrants
+from benchmarks.peer_measure import SETTLE, WARM_UP_STEPS, TimePlan, open_entrants
 from benchmarks.peer_picture import draw
 from benchmarks.peer_quality import is_digits
 from benchmarks.peer_tasks import SCALE, make_comparisons, make_rows, make_task, measure_task
@@ -39,7 +39,7 @@ from engine.errors import BackendError, RequestError
 SETTINGS = "ddim50,ddpm250"
 BATCH, SHORT_BATCH = 16, 1
 ROUNDS, SHORT_ROUNDS = 2, 1
-SHORT_SECONDS = 260.0
+SHORT_SECONDS = 215.0
 OPENING_SHARE = 0.4
 """Of all seconds, for opening and compiling."""
 
@@ -128,7 +128,6 @@ def _report(subject: Subject, options: Options, command: str, make_entrants: Mak
             "batch": options.batch,
             "rounds": options.rounds,
             "settle": SETTLE,
-            "settle_ms": SETTLE_MS,
             "guidance_scale": SCALE,
             "seconds": None if options.seconds == float("inf") else options.seconds,
             "precisions": {each.contender.name: each.contender.precision for each in opened},

@@ -51,7 +51,7 @@ class Sizes:
 
 
 LONG = Sizes((10, 25, 50, 100), 500, 100, 100)
-SHORT = Sizes((4, 8, 16), 100, 10, 20)
+SHORT = Sizes((4, 8, 16), 60, 10, 20)
 
 NO_INCEPTION = (
     "FID, sFID, IS, precision and recall need weights of InceptionV3, which are not part of this project: get "

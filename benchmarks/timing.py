@@ -60,6 +60,22 @@ def _nothing() -> None:
     """Done before work that needs nothing."""
 
 
+def wait_until_quiet(limit_s: float = 0.15) -> None:
+    """Wait until no thread of this process computes, at most limit_s seconds.
+
+    Threads of some libraries spin for tens of milliseconds after their last work, at the cost of whoever comes next.
+    """
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        before_s = time.process_time()
+        time.sleep(_SLICE_S)
+        if time.process_time() - before_s < _SLICE_S / 4:
+            return
+
+
+_SLICE_S = 0.004
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
     """One thing to time. work does the same each time it is called; prepare runs before each call and is not timed."""
@@ -99,8 +115,8 @@ def interleave(
 ) -> dict[str, Series]:
     """Time variants in turn: A B C, then C B A, which is one round; results by name.
 
-    settle: untimed calls at the start of a turn, which bring back what the turn before drove from the caches and let
-    its threads go to sleep. budget_s: after that many seconds no round begins, once there are least_rounds. Raises
+    A turn begins when the threads of the turn before sleep. settle: untimed calls at its start, which bring back what
+    that drove from the caches. budget_s: after that many seconds no round begins, once there are least_rounds. Raises
     ValueError for names that are not unique.
     """
     names = [variant.name for variant in variants]
@@ -121,6 +137,7 @@ def interleave(
 
 
 def _turn(variant: Variant, settle: int) -> float:
+    wait_until_quiet()
     for _ in range(settle):
         variant.prepare()
         variant.work()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from benchmarks.checks import error_of, not_slower, precision_checks
 from benchmarks.environment import describe, environment
 from benchmarks.report import EXIT_RED, Check, Comparison, Missing, Report, Row, print_report, read_report
 from benchmarks.stats import LEAST_ROUNDS, PLACEMENT, Ratio, Verdict, bootstrap_median, paired_ratio, spread
-from benchmarks.timing import Series, Variant, interleave, wall_ms
+from benchmarks.timing import Series, Variant, interleave, wait_until_quiet, wall_ms
 from engine.errors import BundleError
 
 SCHEMA = json.loads((Path(harness.__file__).parent / "schema.json").read_text())
@@ -70,6 +71,23 @@ def test_wall_ms_measures_the_work():
     assert wall_ms(lambda: time.sleep(0.02)) >= 20
 
 
+def test_a_turn_waits_for_threads_that_still_compute():
+    is_spinning = threading.Event()
+    is_spinning.set()
+
+    def spin() -> None:
+        while is_spinning.is_set():
+            pass
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    assert wall_ms(lambda: wait_until_quiet(0.1)) >= 100
+    is_spinning.clear()
+    thread.join()
+    # Well before the limit.
+    assert wall_ms(lambda: wait_until_quiet(30.0)) < 20_000
+
+
 def test_spread():
     found = spread(np.array([1.0, 2.0, 3.0, 4.0]))
     assert (found.p50_ms, found.count) == (2.5, 4)
@@ -85,7 +103,7 @@ def test_a_variant_beside_itself_is_no_different():
 
 def test_a_real_a_a_run_says_no_difference():
     matrix = torch.randn(96, 96)
-    result = interleave([Variant(name, lambda: matrix @ matrix) for name in ("one", "same")], 200)
+    result = interleave([Variant(name, lambda: matrix @ matrix) for name in ("one", "same")], 100)
     assert paired_ratio(result["one"], result["same"]).verdict is Verdict.NONE
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -106,10 +105,6 @@ def test_what_settles_is_repeated_before_each_step_that_follows_another_calls():
     counted = []
     take_turns({"a": lambda gate: torch.full((1,), gate(lambda: counted.append(0)) or 0.0)}, 1, settle=2)
     assert len(counted) == 3
-    counted.clear()
-    slow = {"a": lambda gate: torch.full((1,), gate(lambda: counted.append(time.sleep(0.003))) or 0.0)}
-    take_turns(slow, 1, settle_ms=20)
-    assert 2 <= len(counted) <= 7 + 1
 
 
 def test_networks_share_a_thread_and_calls_have_their_own():
@@ -609,19 +604,19 @@ def test_what_does_not_fit_the_time_is_listed(tmp_path, bundle):
 
 
 def test_time_goes_to_the_fastest_and_half_of_it_is_kept_for_later(monkeypatch):
-    """100 steps of ours are 5 s, of the quick 1 s, of the slow 4 s; settled: 10 s of two, 18 s of all three."""
+    """100 steps of ours are 5 s, of the quick 1 s, of the slow 4 s; settled: 9 s of two, 16.7 s of all three."""
     monkeypatch.setattr("benchmarks.peer_measure.time.monotonic", lambda: 0.0)
     step_ms = {"ours": 50.0, "slow": 40.0, "quick": 10.0}
 
     def left_out(end: float, later_steps: int = 0, is_first: bool = False) -> dict[str, float]:
         return TimePlan(end, later_steps, is_first).left_out(step_ms, "ours", 100)
 
-    assert left_out(18.1) == {}
-    assert left_out(17.9) == {"slow": 4.0}
-    assert left_out(27.9, later_steps=100) == {"slow": 4.0}
-    assert left_out(28.1, later_steps=100) == {}
-    assert left_out(36.1, later_steps=1000) == {}
-    assert left_out(9.9) == {"quick": 1.0, "slow": 4.0, "ours": 5.0}
+    assert left_out(16.7) == {}
+    assert left_out(16.6) == {"slow": 4.0}
+    assert left_out(25.6, later_steps=100) == {"slow": 4.0}
+    assert left_out(25.7, later_steps=100) == {}
+    assert left_out(33.4, later_steps=1000) == {}
+    assert left_out(8.9) == {"quick": 1.0, "slow": 4.0, "ours": 5.0}
     assert left_out(0.0, is_first=True) == {"slow": 4.0}
     assert left_out(math.inf) == {}
     assert TimePlan(0.0, 100, False).left_out({"ours": 50.0}, "ours", 100) == {}

@@ -8,9 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from engine import backends
 from engine.bundle import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -213,10 +211,3 @@ def test_nan_never_reaches_a_manifest(folder):
     assert not bad.passed
     with pytest.raises(ValueError, match="nan"):
         write_manifest(folder, dataclasses.replace(manifest, verification=(bad,)))
-
-
-@pytest.mark.parametrize(("capability", "order"), [("AVX512", ["ov", "ort"]), ("AVX2", ["ort", "ov"])])
-def test_the_faster_library_of_a_cpu_comes_first(monkeypatch, capability, order):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert [choice.name for choice in backends._choices()] == [*order, "eager", "trt"]

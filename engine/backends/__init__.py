@@ -76,14 +76,9 @@ def _eager_precisions() -> tuple[str, ...]:
 def _choices() -> tuple[_Choice, ...]:
     """Fastest first, for a machine without a usable plan."""
     eager = _eager_precisions()
-    ov = _Choice("ov", ("fp32", "bf16"), {"fp32": ONNX_NAME, "bf16": ONNX_NAME}, _missing("openvino", "cpu"))
-    ort_files = {"fp32": ONNX_NAME, "fp16": FP16_ONNX_NAME}
-    ort = _Choice("ort", ("fp32", "fp16"), ort_files, _missing("onnxruntime", "onnx"))
-    # OpenVINO is the faster one with AVX-512. Without it ONNX Runtime was 1.3 times as fast on a network of 2 million
-    # parameters, and no different on one of 36 million (docs/benchmarks.md).
-    with_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     choices = (
-        *((ov, ort) if with_avx512 else (ort, ov)),
+        _Choice("ov", ("fp32", "bf16"), {"fp32": ONNX_NAME, "bf16": ONNX_NAME}, _missing("openvino", "cpu")),
+        _Choice("ort", ("fp32", "fp16"), {"fp32": ONNX_NAME, "fp16": FP16_ONNX_NAME}, _missing("onnxruntime", "onnx")),
         _Choice("eager", eager, dict.fromkeys(eager, WEIGHTS_NAME), lambda: None),
     )
     trt = _Choice("trt", PREFERRED, {}, lambda: None)
