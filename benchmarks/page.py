@@ -120,7 +120,7 @@ def _cell(row: Row | None, comparison: Comparison | None) -> str:
     if comparison is None:
         return f"**{text}**"
     ratio = comparison.ratio
-    return f"{text} ({ratio.value:.2f} times ours: {ratio.low:.2f} to {ratio.high:.2f})"
+    return f"{text} ({ratio.value:.2f} times our time: {ratio.low:.2f} to {ratio.high:.2f})"
 
 
 def _setting(row: Row) -> str:

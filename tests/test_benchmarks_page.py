@@ -51,7 +51,7 @@ def test_the_page_and_the_block_come_from_the_files(tmp_path, capsys):
     block = readme.read_text()
     assert block.startswith("before\n")
     assert block.endswith("after\n")
-    assert "| torch eager | 1 (4.00 times ours: 3.90 to 4.12) |" in block
+    assert "| torch eager | 1 (4.00 times our time: 3.90 to 4.12) |" in block
     assert "| UNet-RT | **4** |" in block
     assert "`python -m benchmarks.peers digits.engine --short`" in block
     assert "old" not in block
