@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from benchmarks.report import Check, Comparison
@@ -67,8 +66,3 @@ def not_slower(comparison: Comparison) -> Check:
         1.0,
         f"it takes {ratio.value:.2f} times as long, between {ratio.low:.2f} and {ratio.high:.2f}",
     )
-
-
-def finite(variant: str, out: Tensor) -> Check:
-    """That an output holds no NaN or infinity."""
-    return Check(f"{variant}: the output is finite", bool(torch.isfinite(out).all()))

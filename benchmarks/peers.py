@@ -35,6 +35,7 @@ from benchmarks.report import Check, Comparison, Missing, Report, Row
 from benchmarks.subject import describe_bundle, reference_network
 from engine.bundle import Bundle
 from engine.errors import BackendError, RequestError
+from engine.threads import torch_threads
 
 SETTINGS = "ddim50,ddpm250"
 BATCH, SHORT_BATCH = 16, 1
@@ -79,18 +80,12 @@ def measure(args: argparse.Namespace, command: str, make_entrants: MakeEntrants)
     for setting in options.settings:
         setting.timesteps(bundle.manifest.diffusion)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    before = torch.get_num_threads()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            subject = Subject(
-                bundle, reference_network(bundle), classifier, checkpoint, device, options.batch, options.threads,
-                Path(folder),
-            )  # fmt: skip
-            return _report(subject, options, command, make_entrants)
-    finally:
-        torch.set_num_threads(before)
+    with torch_threads(options.threads), tempfile.TemporaryDirectory() as folder:
+        subject = Subject(
+            bundle, reference_network(bundle), classifier, checkpoint, device, options.batch, options.threads,
+            Path(folder),
+        )  # fmt: skip
+        return _report(subject, options, command, make_entrants)
 
 
 def _report(subject: Subject, options: Options, command: str, make_entrants: MakeEntrants) -> Report:
