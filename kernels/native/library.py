@@ -1,0 +1,225 @@
+"""The CPU engine's shared library through ctypes, which lets other threads run while it works.
+
+Importing this module loads nothing; the first call that needs the library does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+import weakref
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+LIBRARY_NAME = "libunetrt_native.so"
+LIBRARY_VARIABLE = "UNETRT_NATIVE_LIBRARY"
+ALIGNMENT_BYTES = 64
+"""Of packed weights."""
+
+_HEADER_WORDS, _MAP_WORDS, _OPERATOR_WORDS = 8, 3, 24
+_INPUT, _OUTPUT = 0, 1
+_POINTER, _BYTES = ctypes.c_void_p, ctypes.c_uint64
+
+# Name -> result and arguments, as in include/unetrt_native.h.
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "unetrt_last_error": (ctypes.c_char_p, []),
+    "unetrt_best_isa": (ctypes.c_int, []),
+    "unetrt_network_create": (_POINTER, [_POINTER, _BYTES, ctypes.c_int]),
+    "unetrt_network_destroy": (None, [_POINTER]),
+    "unetrt_network_packed_bytes": (_BYTES, [_POINTER]),
+    "unetrt_network_pack": (ctypes.c_int, [_POINTER, _POINTER, _BYTES, _POINTER, _BYTES]),
+    "unetrt_engine_create": (_POINTER, [_POINTER, _POINTER, _BYTES, ctypes.c_int]),
+    "unetrt_engine_destroy": (None, [_POINTER]),
+    "unetrt_engine_run": (ctypes.c_int, [_POINTER, ctypes.c_int, _POINTER, _POINTER, _POINTER]),
+    "unetrt_engine_arena_bytes": (_BYTES, [_POINTER]),
+}
+
+
+class NativeError(RuntimeError):
+    """The library is absent, or refused what it was given; the message is the library's."""
+
+
+class Isa(IntEnum):
+    """Instruction sets, the slowest first."""
+
+    PORTABLE = 0
+    AVX2 = 1
+    AVX512 = 2
+
+
+def find_library() -> Path | None:
+    """The file that UNETRT_NATIVE_LIBRARY names, or beside this one, or in a checkout's build/native; None: nowhere."""
+    if named := os.environ.get(LIBRARY_VARIABLE):
+        return Path(named) if Path(named).is_file() else None
+    here = Path(__file__).resolve().parent
+    checkout = here.parents[1]
+    places = [here / LIBRARY_NAME]
+    if (checkout / "pyproject.toml").is_file():
+        places.append(checkout / "build" / "native" / LIBRARY_NAME)
+    return next((path for path in places if path.is_file()), None)
+
+
+def reason_against() -> str | None:
+    """Why the engine is no good choice on this machine, or None."""
+    try:
+        isa = best_isa()
+    except NativeError as error:
+        return str(error)
+    if isa is Isa.PORTABLE:
+        return "the native engine is fast on x86-64 CPUs with AVX2 only, and this CPU or the compiler lacks that"
+    return None
+
+
+def best_isa() -> Isa:
+    """The fastest instruction set of the library and this CPU; raises NativeError without a library."""
+    return Isa(_library().unetrt_best_isa())
+
+
+def empty_packed(count: int) -> NDArray[np.uint8]:
+    """Memory for `count` bytes of packed weights, aligned as an engine needs it."""
+    memory = np.empty(count + ALIGNMENT_BYTES, np.uint8)
+    first = -memory.ctypes.data % ALIGNMENT_BYTES
+    return memory[first : first + count]
+
+
+def _library() -> ctypes.CDLL:
+    path = find_library()
+    if path is not None:
+        return _load(path)
+    if named := os.environ.get(LIBRARY_VARIABLE):
+        raise NativeError(f"{LIBRARY_VARIABLE} names {named}, which is no file; unset it, or name {LIBRARY_NAME}")
+    raise NativeError("the native engine was not built (it needs a C++17 compiler at install time)")
+
+
+@functools.cache
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise NativeError(f"{path} is no native engine of this version ({error}); install the package again") from error
+    return library
+
+
+def _check(library: ctypes.CDLL, succeeded: bool) -> None:
+    if not succeeded:
+        raise NativeError((library.unetrt_last_error() or b"the native engine failed").decode(errors="replace"))
+
+
+def _address(array: NDArray[Any]) -> int:
+    return array.ctypes.data
+
+
+class Network:
+    """A checked program for one instruction set.
+
+    words: int32 [n], as include/unetrt_native.h describes them. input_shape, output_shape: (channels, height, width).
+    Raises NativeError for words that are no program.
+    """
+
+    def __init__(self, words: NDArray[np.int32], isa: Isa | None = None) -> None:
+        self._library = _library()
+        self.isa = best_isa() if isa is None else isa
+        given = np.ascontiguousarray(words, np.int32)
+        handle = self._library.unetrt_network_create(_address(given), given.size, int(self.isa))
+        _check(self._library, handle is not None)
+        self._handle = handle
+        weakref.finalize(self, self._library.unetrt_network_destroy, handle)
+        self.input_shape, self.output_shape = _find_shapes(given)
+        self.row_width, self.weights = int(given[6]), int(given[7])
+
+    @property
+    def packed_bytes(self) -> int:
+        return int(self._library.unetrt_network_packed_bytes(self._handle))
+
+    def pack(self, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """weights [n] as this instruction set reads them; raises NativeError for another number of weights."""
+        given = np.ascontiguousarray(weights, np.float32)
+        packed = empty_packed(self.packed_bytes)
+        status = self._library.unetrt_network_pack(
+            self._handle, _address(given), given.size, _address(packed), packed.nbytes
+        )
+        _check(self._library, status == 0)
+        return packed
+
+
+def _find_shapes(words: NDArray[np.int32]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Of the input and the output of a program that was checked."""
+    first = _HEADER_WORDS + _MAP_WORDS * int(words[2])
+    maps = words[_HEADER_WORDS:first].reshape(-1, _MAP_WORDS)
+    operators = words[first:].reshape(-1, _OPERATOR_WORDS)
+    size = next((maps[op[1]] for op in operators if op[0] == _INPUT), maps[0])
+    end = next(maps[op[2]] for op in operators if op[0] == _OUTPUT)
+    return (int(words[4]), int(size[1]), int(size[2])), (int(words[5]), int(end[1]), int(end[2]))
+
+
+class Engine:
+    """A network with its weights and threads of its own; calls from several threads run one after the other.
+
+    packed: from Network.pack or a file of it; kept for as long as the engine. Raises NativeError for packed weights of
+    another size or alignment.
+    """
+
+    def __init__(self, network: Network, packed: NDArray[np.uint8], threads: int) -> None:
+        self._library = network._library
+        self._shapes = network.input_shape, network.output_shape, network.row_width
+        self._packed = packed
+        handle = self._library.unetrt_engine_create(network._handle, _address(packed), packed.nbytes, threads)
+        _check(self._library, handle is not None)
+        self._handle: int | None = handle
+        self._lock = threading.Lock()
+        # The weights outlive the engine's threads.
+        self._destroy = weakref.finalize(self, _destroy, self._library, handle, packed)
+
+    def run(self, x: NDArray[np.float32], rows: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        """x [B, C, H, W] and rows [B, row width], None where that is 0 -> [B, C', H', W'], all float32.
+
+        Raises NativeError for other shapes, and once closed.
+        """
+        taken, made, width = self._shapes
+        if x.ndim != 4 or not len(x) or x.shape[1:] != taken or x.dtype != np.float32:
+            raise NativeError(f"x is {x.shape} {x.dtype}; expected [B, {', '.join(map(str, taken))}] float32")
+        if width and (rows is None or rows.shape != (len(x), width) or rows.dtype != np.float32):
+            got = "none" if rows is None else f"{rows.shape} {rows.dtype}"
+            raise NativeError(f"rows are {got}; expected [{len(x)}, {width}] float32")
+        given = np.ascontiguousarray(x)
+        columns = np.ascontiguousarray(rows) if width else None
+        out = np.empty((len(x), *made), np.float32)
+        with self._lock:
+            if self._handle is None:
+                raise NativeError("this engine was closed; make another")
+            status = self._library.unetrt_engine_run(
+                self._handle,
+                len(x),
+                _address(given),
+                None if columns is None else _address(columns),
+                _address(out),
+            )
+            _check(self._library, status == 0)
+        return out
+
+    @property
+    def arena_bytes(self) -> int:
+        """Memory for activations that the largest batch so far took; raises NativeError once closed."""
+        with self._lock:
+            if self._handle is None:
+                raise NativeError("this engine was closed; make another")
+            return int(self._library.unetrt_engine_arena_bytes(self._handle))
+
+    def close(self) -> None:
+        """End the threads and free the memory, after a call that is running."""
+        with self._lock:
+            self._handle = None
+            self._destroy()
+
+
+def _destroy(library: ctypes.CDLL, handle: int, packed: NDArray[np.uint8]) -> None:
+    library.unetrt_engine_destroy(handle)

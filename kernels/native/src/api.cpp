@@ -1,0 +1,103 @@
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "engine.h"
+#include "error.h"
+#include "isa.h"
+#include "pack.h"
+#include "plan.h"
+#include "program.h"
+#include "unetrt_native.h"
+
+struct unetrt_network {
+    std::shared_ptr<const unetrt::Plan> plan;
+};
+
+struct unetrt_engine {
+    unetrt::Engine engine;
+};
+
+namespace {
+
+thread_local std::string last_error;
+
+// What `call` returns, or `failed` with the reason kept.
+template <typename Result, typename Call>
+Result guard(Result failed, Call call) noexcept {
+    try {
+        return call();
+    } catch (const std::bad_alloc&) {
+        last_error = "not enough memory; use a smaller batch";
+    } catch (const std::exception& error) {
+        last_error = error.what();
+    }
+    return failed;
+}
+
+uint64_t packed_bytes(const unetrt::Plan& plan) { return static_cast<uint64_t>(plan.packed) * sizeof(float); }
+
+void require_count(const char* what, uint64_t got, uint64_t expected) {
+    if (got == expected) return;
+    throw unetrt::Error(std::string(what) + ": got " + std::to_string(got) + ", expected " + std::to_string(expected) +
+                        "; they belong to another network");
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* unetrt_last_error(void) { return last_error.c_str(); }
+
+int unetrt_best_isa(void) { return unetrt::best_isa(); }
+
+unetrt_network* unetrt_network_create(const int32_t* words, uint64_t count, int isa) {
+    return guard<unetrt_network*>(nullptr, [&] {
+        const unetrt::Kernels& kernels = unetrt::kernels_for(isa);
+        auto plan = std::make_shared<const unetrt::Plan>(unetrt::make_plan(unetrt::read_program(words, count), kernels));
+        return new unetrt_network{std::move(plan)};
+    });
+}
+
+void unetrt_network_destroy(unetrt_network* network) { delete network; }
+
+uint64_t unetrt_network_packed_bytes(const unetrt_network* network) { return packed_bytes(*network->plan); }
+
+int unetrt_network_pack(const unetrt_network* network, const float* weights, uint64_t count, void* packed,
+                        uint64_t bytes) {
+    return guard(1, [&] {
+        require_count("weights", count, static_cast<uint64_t>(network->plan->weights));
+        require_count("bytes of packed weights", bytes, packed_bytes(*network->plan));
+        unetrt::pack_weights(*network->plan, weights, static_cast<float*>(packed));
+        return 0;
+    });
+}
+
+unetrt_engine* unetrt_engine_create(const unetrt_network* network, const void* packed, uint64_t bytes, int threads) {
+    return guard<unetrt_engine*>(nullptr, [&] {
+        require_count("bytes of packed weights", bytes, packed_bytes(*network->plan));
+        if (bytes > 0 && reinterpret_cast<uintptr_t>(packed) % 64 != 0) throw unetrt::Error("packed weights are not 64-byte aligned");
+        if (threads < 1 || threads > 1024) {
+            throw unetrt::Error("threads are " + std::to_string(threads) + "; expected 1 to 1024");
+        }
+        return new unetrt_engine{{network->plan, static_cast<const float*>(packed), threads}};
+    });
+}
+
+void unetrt_engine_destroy(unetrt_engine* engine) { delete engine; }
+
+int unetrt_engine_run(unetrt_engine* engine, int batch, const float* x, const float* rows, float* out) {
+    return guard(1, [&] {
+        engine->engine.run(batch, x, rows, out);
+        return 0;
+    });
+}
+
+uint64_t unetrt_engine_arena_bytes(const unetrt_engine* engine) {
+    // Reads a number under the engine's lock.
+    return static_cast<uint64_t>(const_cast<unetrt_engine*>(engine)->engine.arena_bytes());
+}
+
+}

@@ -1,0 +1,55 @@
+#pragma once
+
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "plan.h"
+#include "pool.h"
+#include "steps.h"
+
+namespace unetrt {
+
+// 64-byte aligned floats that begin as zeros.
+class Floats {
+  public:
+    explicit Floats(int64_t count = 0);
+    float* data() const { return data_.get(); }
+    int64_t count() const { return count_; }
+
+  private:
+    struct Free {
+        void operator()(float* p) const { std::free(p); }
+    };
+    std::unique_ptr<float, Free> data_;
+    int64_t count_;
+};
+
+// A plan with its weights, memory and threads; calls from several threads run one after the other.
+class Engine {
+  public:
+    Engine(std::shared_ptr<const Plan> plan, const float* packed, int threads);
+
+    // See unetrt_engine_run; raises Error, or std::bad_alloc where the batch does not fit.
+    void run(int batch, const float* x, const float* rows, float* out);
+    int64_t arena_bytes();
+
+  private:
+    void make_room(int batch);
+    const Bound& find_bound(int batch);
+    void pad_rows(int batch, const float* rows);
+
+    const std::shared_ptr<const Plan> plan_;
+    const float* packed_;
+    std::mutex mutex_;
+    Floats maps_, rows_, shared_, scratch_;
+    int64_t scratch_floats_ = 0;
+    int most_ = 0;
+    Request request_{};
+    std::map<int, Bound> bound_;
+    // The last to be made and the first to end.
+    Pool pool_;
+};
+
+}  // namespace unetrt

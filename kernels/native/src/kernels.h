@@ -1,0 +1,165 @@
+// What the engine asks of an instruction set: plain functions over plain structs.
+//
+// kernels_*.cpp are compiled once for each instruction set, with other flags. They include this file and vec.h only, and
+// no template or inline function of the standard library: the linker keeps one copy of each such function, which could
+// be the one for a newer processor.
+#pragma once
+
+#include <cstdint>
+
+namespace unetrt {
+
+// Channels are kept in blocks of 16, padded with channels of zeros.
+constexpr int kBlock = 16;
+
+// [blocks][height + 2 border][width + 2 border][images][16] floats; the border holds zeros.
+struct Map {
+    float* data;
+    int channels, height, width, border, images;
+
+    int blocks() const { return (channels + kBlock - 1) / kBlock; }
+    int64_t row() const { return static_cast<int64_t>(width + 2 * border) * images * kBlock; }
+    int64_t plane() const { return (height + 2 * border) * row(); }
+    // Image 0 of pixel (y, x), which may lie in the border; the other images follow, kBlock floats apart.
+    float* at(int block, int y, int x) const {
+        return data + block * plane() + (y + border) * row() + static_cast<int64_t>(x + border) * images * kBlock;
+    }
+};
+
+// An operand made of one map, or of two whose channels follow one another; count 0: none.
+struct Maps {
+    Map part[2];
+    int count;
+};
+
+enum class Activation : int32_t { kIdentity, kSilu, kRelu, kMish, kGelu };
+
+// A run of input channels that one tap of a convolution multiplies. Output pixel (y, x) of image n reads 16 channels at
+// base + block * plane + y * row + (x * images + n) * 16; of the last block only the first `last` are used.
+struct Segment {
+    const float* base;
+    int64_t plane, row;
+    int32_t blocks, last;
+};
+
+// One convolution of stride 1 as a sum over segments. Its output (y, x) is pixel (y * step + y0, x * step + x0) of dst.
+struct ConvArgs {
+    const Segment* segments;
+    int32_t segment_count;
+    // Panels of 32 (AVX2: 16) output channels: [input channel of each segment][panel width].
+    const float* weights;
+    int64_t panel_floats;
+    // [blocks of dst * 16] floats, padded; rows: [images][row_stride] at the operator's first channel, or null.
+    const float* bias;
+    const float* rows;
+    int64_t row_stride;
+    Map dst;
+    // Of the outputs of this convolution; smaller than dst where step is 2.
+    int32_t height, width, step, y0, x0;
+    // Data null: none.
+    Map add;
+    float scale;
+    // The work is cut into pieces of `piece_rows` output rows times panels.
+    int32_t piece_rows, panels;
+    // Whether this one writes dst's border, which the four convolutions of an upsampling share.
+    bool clears_border;
+};
+
+struct NormArgs {
+    Maps src;
+    Map dst;
+    Map add;
+    float scale, eps;
+    int32_t kind, groups;
+    Activation activation;
+    // Of two sources the first has a multiple of 16 channels.
+    // [padded channels] floats each; bias may be null.
+    const float* weight;
+    const float* bias;
+    // [images][row_stride]: padded factors, then padded shifts; or null.
+    const float* rows;
+    int64_t row_stride;
+    // norm_statistics() floats. Group norm: mean and sum of squared deviations of rows, [blocks][height][images][2][16].
+    // Layer and RMS norm: mean and factor of pixels, [height][images][width][2].
+    float* statistics;
+};
+
+struct AttentionArgs {
+    Map qkv, dst;
+    int32_t heads, dim, memory;
+    // [2][heads][memory][dim], null where memory is 0.
+    const float* learned;
+    // Attention: 0 or the factor on normalised scores. Linear attention: factor on the queries.
+    float scale;
+    // Linear attention: factor on the pixels' values.
+    float value_scale;
+    // Shared between the phases of a call, attention_workspace() floats.
+    float* workspace;
+};
+
+struct ResampleArgs {
+    Map src, dst;
+    Map add;
+    float scale;
+    int32_t kind, pad;
+};
+
+// dst = (cat(src) + add) * scale; split: dst's blocks are the four phases of src[0] (row parity, then column parity).
+struct CopyArgs {
+    Maps src;
+    Map dst;
+    Map add;
+    float scale;
+};
+
+// [images][channels][height][width] floats on one side, a map on the other.
+struct PlanarArgs {
+    float* planar;
+    Map map;
+};
+
+// Every function does item `item` of as many as its *_items function says; items may run in any order and on any thread,
+// and give the same values whatever the number of images. Where an operator has phases, all items of one are done before
+// the next begins. scratch: of the thread, scratch_floats() long.
+struct Kernels {
+    const char* name;
+    int32_t panel;
+
+    int (*conv_items)(const ConvArgs&);
+    void (*conv)(const ConvArgs&, int item);
+
+    int64_t (*norm_statistics)(const NormArgs&);
+    int (*norm_items)(const NormArgs&, int phase);
+    void (*norm)(const NormArgs&, int phase, int item);
+
+    int64_t (*attention_workspace)(const AttentionArgs&);
+    int64_t (*attention_scratch)(const AttentionArgs&);
+    int (*attention_items)(const AttentionArgs&, int phase);
+    void (*attention)(const AttentionArgs&, int phase, int item, float* scratch);
+
+    int64_t (*linear_workspace)(const AttentionArgs&);
+    int64_t (*linear_scratch)(const AttentionArgs&);
+    int (*linear_items)(const AttentionArgs&, int phase);
+    void (*linear)(const AttentionArgs&, int phase, int item, float* scratch);
+
+    int (*resample_items)(const ResampleArgs&);
+    void (*resample)(const ResampleArgs&, int item);
+
+    int (*copy_items)(const CopyArgs&);
+    void (*copy)(const CopyArgs&, int item);
+    int (*split_items)(const CopyArgs&);
+    void (*split)(const CopyArgs&, int item);
+
+    int (*planar_items)(const PlanarArgs&);
+    void (*from_planar)(const PlanarArgs&, int item);
+    void (*to_planar)(const PlanarArgs&, int item);
+};
+
+constexpr int kNormPhases = 2;
+constexpr int kAttentionPhases = 2;
+
+const Kernels& portable_kernels();
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+
+}  // namespace unetrt

@@ -1,0 +1,150 @@
+// softmax(q k^T) v: phase 0 packs the keys and values of each head, phase 1 does a chunk of queries after the other.
+#include "kernels_attention.h"
+
+#include "kernels_tokens.h"
+
+namespace unetrt::UNETRT_ISA {
+
+namespace {
+
+int tokens_of(const AttentionArgs& args) { return args.memory + pixels_of(args.qkv); }
+int padded_tokens(const AttentionArgs& args) { return round_up(tokens_of(args), kTile); }
+int64_t block_floats(const AttentionArgs& args) { return static_cast<int64_t>(padded_tokens(args)) * kBlock; }
+int blocks_of(const AttentionArgs& args) { return divide_up(args.dim, kBlock); }
+
+// Keys of one image and head, then values: [blocks of dim][padded tokens][16] each, zeros where there is none.
+int64_t head_floats(const AttentionArgs& args) { return 2 * blocks_of(args) * block_floats(args); }
+float* find_packed(const AttentionArgs& args, int image, int head) {
+    return args.workspace + (static_cast<int64_t>(image) * args.heads + head) * head_floats(args);
+}
+
+void pack_block(const AttentionArgs& args, Part part, int image, int head, int channel, float* out) {
+    const int tokens = tokens_of(args);
+    gather_learned(args, part, head, channel, 0, args.memory, out);
+    const Channels from = channels_of(args, part, image, head, channel);
+    gather(from, 0, pixels_of(args.qkv), out + args.memory * kBlock);
+    fill_zero(out + tokens * kBlock, static_cast<int64_t>(padded_tokens(args) - tokens) * kBlock);
+}
+
+// Adds a sum over tokens [count][16], so that long sums are sums of short ones.
+void add_squares(const float* tokens, int count, Vec (&total)[kEach]) {
+    for (int v = 0; v < kEach; ++v) {
+        Vec squares{};
+        for (int t = 0; t < count; ++t) {
+            const Vec x = load(tokens + t * kBlock + v * kLanes);
+            squares += x * x;
+        }
+        total[v] += squares;
+    }
+}
+
+float length_of(float squares) {
+    const float length = __builtin_sqrtf(squares);
+    return length > 1e-12f ? length : 1e-12f;
+}
+
+// Keys times scale / (|q| |k|): the queries' lengths too, so that queries are read as they are.
+void normalise_keys(const AttentionArgs& args, int image, int head, int channel, float* staging, float* keys) {
+    const Channels queries = channels_of(args, kQueries, image, head, channel);
+    const int pixels = pixels_of(args.qkv), tokens = tokens_of(args);
+    Vec of_queries[kEach]{}, of_keys[kEach]{};
+    for (int t = 0; t < pixels; t += kMostQueries) {
+        const int count = least(kMostQueries, pixels - t);
+        gather(queries, t, count, staging);
+        add_squares(staging, count, of_queries);
+    }
+    for (int t = 0; t < tokens; t += kMostQueries) {
+        add_squares(keys + t * kBlock, least(kMostQueries, tokens - t), of_keys);
+    }
+    for (int v = 0; v < kEach; ++v) {
+        Vec factor;
+        for (int i = 0; i < kLanes; ++i) {
+            factor[i] = args.scale / (length_of(of_queries[v][i]) * length_of(of_keys[v][i]));
+        }
+        for (int t = 0; t < tokens; ++t) {
+            float* key = keys + t * kBlock + v * kLanes;
+            store(key, load(key) * factor);
+        }
+    }
+}
+
+void pack(const AttentionArgs& args, int item, float* scratch) {
+    const int blocks = blocks_of(args), images = args.qkv.images, packed = images * args.heads * blocks;
+    if (item >= packed) return clear_border(args.dst, item - packed, 0, args.dst.height);
+    const int image = item % images, block = item / images % blocks, head = item / images / blocks;
+    float* keys = find_packed(args, image, head) + block * block_floats(args);
+    float* values = keys + blocks * block_floats(args);
+    pack_block(args, kKeys, image, head, block * kBlock, keys);
+    pack_block(args, kValues, image, head, block * kBlock, values);
+    if (args.scale != 0.0f) normalise_keys(args, image, head, block * kBlock, scratch, keys);
+}
+
+// scores [padded tokens][kVectors * kLanes] (+)= keys queries of channels [from, to); queries are columns.
+template <int kVectors>
+void score(const AttentionArgs& args, const float* keys, const float* queries, int from, int to, float* scores) {
+    constexpr int kWidth = kVectors * kLanes;
+    for (int t = 0; t < padded_tokens(args); t += kTile) {
+        Vec sums[kTile][kVectors];
+        start_sums(scores + t * kWidth, from > 0, sums);
+        const float* q = queries + from * kWidth;
+        for (int channel = from; channel < to; channel += kBlock) {
+            const float* k = keys + channel / kBlock * block_floats(args) + t * kBlock;
+            const int used = least(kBlock, to - channel);
+            for (int c = 0; c < used; ++c, q += kWidth) multiply<kBlock>(k + c, q, sums);
+        }
+        store_sums(sums, scores + t * kWidth);
+    }
+}
+
+// The columns of queries become those of the result.
+template <int kVectors>
+void attend(const AttentionArgs& args, const float* packed, float* columns, float* scores) {
+    for (int c = 0; c < args.dim; c += kDepth) {
+        score<kVectors>(args, packed, columns, c, least(c + kDepth, args.dim), scores);
+    }
+    const float* values = packed + blocks_of(args) * block_floats(args);
+    weigh_by_softmax<kVectors>(scores, tokens_of(args), 1.0f, values, block_floats(args), args.dim, columns);
+}
+
+void attend_chunk(const AttentionArgs& args, int item, float* staging) {
+    const int pixels = pixels_of(args.qkv), chunks = divide_up(pixels, kMostQueries);
+    const int first = item % chunks * kMostQueries, head = item / chunks % args.heads;
+    const Queries queries{item / chunks / args.heads, head, first, least(kMostQueries, pixels - first)};
+    const float* packed = find_packed(args, queries.image, head);
+    float* columns = staging + kStagingFloats;
+    float* scores = columns + static_cast<int64_t>(blocks_of(args)) * kBlock * kMostQueries;
+    load_columns(args, queries, staging, columns);
+    switch (queries.vectors()) {
+        case 1: attend<1>(args, packed, columns, scores); break;
+        case 2: attend<2>(args, packed, columns, scores); break;
+        default: attend<kMostVectors>(args, packed, columns, scores);
+    }
+    store_columns(args, queries, staging, columns);
+}
+
+}  // namespace
+
+int64_t attention_workspace(const AttentionArgs& args) {
+    return static_cast<int64_t>(args.qkv.images) * args.heads * head_floats(args);
+}
+
+int64_t attention_scratch(const AttentionArgs& args) {
+    const int64_t columns = static_cast<int64_t>(blocks_of(args)) * kBlock + padded_tokens(args);
+    return kStagingFloats + columns * kMostQueries;
+}
+
+int attention_items(const AttentionArgs& args, int phase) {
+    const int heads = args.qkv.images * args.heads;
+    if (phase == 0) return heads * blocks_of(args) + args.dst.blocks();
+    return heads * divide_up(pixels_of(args.qkv), kMostQueries);
+}
+
+void attention(const AttentionArgs& args, int phase, int item, float* scratch) {
+    if (phase == 0) {
+        pack(args, item, scratch);
+    } else {
+        attend_chunk(args, item, scratch);
+    }
+}
+
+}  // namespace unetrt::UNETRT_ISA

@@ -1,0 +1,30 @@
+#include "kernels_attention.h"
+#include "kernels_conv.h"
+#include "kernels_copy.h"
+#include "kernels_linear_attention.h"
+#include "kernels_norm.h"
+#include "kernels_resample.h"
+
+#define UNETRT_TEXT_OF(isa) #isa
+#define UNETRT_TEXT(isa) UNETRT_TEXT_OF(isa)
+#define UNETRT_TABLE_OF(isa) isa##_kernels
+#define UNETRT_TABLE(isa) UNETRT_TABLE_OF(isa)
+
+namespace unetrt {
+
+const Kernels& UNETRT_TABLE(UNETRT_ISA)() {
+    using namespace UNETRT_ISA;
+    static constexpr Kernels table = {
+        UNETRT_TEXT(UNETRT_ISA), kPanel,
+        conv_items, conv,
+        norm_statistics, norm_items, norm,
+        attention_workspace, attention_scratch, attention_items, attention,
+        linear_workspace, linear_scratch, linear_items, linear,
+        resample_items, resample,
+        copy_items, copy, split_items, split,
+        planar_items, from_planar, to_planar,
+    };
+    return table;
+}
+
+}  // namespace unetrt

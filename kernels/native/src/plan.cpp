@@ -1,0 +1,319 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace unetrt {
+
+namespace {
+
+// Pixels that a tap of stride 1 of a convolution reaches beyond its map: up and left, down and right.
+int32_t reach(int32_t offset, int32_t out, int32_t in) { return std::max(-offset, out - 1 + offset - (in - 1)); }
+
+int32_t halve_down(int32_t value) { return value >= 0 ? value / 2 : (value - 1) / 2; }
+
+class Planner {
+  public:
+    Planner(const Program& program, const Kernels& kernels) : program_(program) {
+        plan_.kernels = &kernels;
+        plan_.in_channels = program.in_channels;
+        plan_.out_channels = program.out_channels;
+        plan_.row_width = program.row_width;
+        plan_.weights = program.weights;
+        for (const MapShape& map : program.maps) plan_.maps.push_back({map.channels, map.height, map.width, 0, 0, 0, -1, -1});
+    }
+
+    Plan make() {
+        for (const unetrt_operator& op : program_.operators) lower(op);
+        for (PlanMap& map : plan_.maps) {
+            const int64_t cells = static_cast<int64_t>(map.height + 2 * map.border) * (map.width + 2 * map.border);
+            map.size = cells * pad_channels(map.channels);
+        }
+        plan_.arena = place_maps(plan_.maps);
+        return std::move(plan_);
+    }
+
+  private:
+    void lower(const unetrt_operator& op) {
+        switch (op.code) {
+            case UNETRT_INPUT: return lower_planar(op.dst, true);
+            case UNETRT_OUTPUT: return lower_planar(op.src[0], false);
+            case UNETRT_CONV: return lower_conv(op);
+            case UNETRT_NORM: return lower_norm(op);
+            case UNETRT_ATTENTION:
+            case UNETRT_LINEAR_ATTENTION: return lower_attention(op);
+            case UNETRT_RESAMPLE: return lower_resample(op);
+            case UNETRT_ADD: return add_copy({{op.src[0], -1}, op.dst, op.src[1], op.scale, false});
+            case UNETRT_CONCAT: return add_copy({{op.src[0], op.src[1]}, op.dst, -1, 1.0f, false});
+        }
+    }
+
+    PlanMap& map(int32_t index) { return plan_.maps[static_cast<size_t>(index)]; }
+
+    void read(int32_t index) {
+        if (index != -1) map(index).last = static_cast<int32_t>(plan_.steps.size());
+    }
+
+    void write(int32_t index) {
+        const auto step = static_cast<int32_t>(plan_.steps.size());
+        if (map(index).first == -1) map(index).first = step;
+        map(index).last = step;
+    }
+
+    int32_t new_map(int32_t channels, int32_t height, int32_t width) {
+        plan_.maps.push_back({channels, height, width, 0, 0, 0, -1, -1});
+        return static_cast<int32_t>(plan_.maps.size()) - 1;
+    }
+
+    int64_t reserve(int64_t floats) {
+        const int64_t place = plan_.packed;
+        plan_.packed += (floats + kBlock - 1) / kBlock * kBlock;
+        return place;
+    }
+
+    int64_t pack_vector(int32_t place, int32_t count) {
+        if (place == -1) return -1;
+        const int64_t packed = reserve(pad_channels(count));
+        plan_.vectors.push_back({packed, place, count, pad_channels(count)});
+        return packed;
+    }
+
+    int64_t pad_row(int32_t column, int32_t count, int32_t parts) {
+        if (column == -1) return -1;
+        const int64_t padded = plan_.padded_rows;
+        for (int32_t i = 0; i < parts; ++i) {
+            plan_.rows.push_back({column + i * count, count, plan_.padded_rows});
+            plan_.padded_rows += pad_channels(count);
+        }
+        return padded;
+    }
+
+    void lower_planar(int32_t index, bool is_input) {
+        if (is_input) {
+            write(index);
+        } else {
+            read(index);
+        }
+        plan_.steps.push_back(PlanarStep{index, is_input});
+    }
+
+    void add_copy(CopyStep step) {
+        read(step.src[0]);
+        read(step.src[1]);
+        read(step.add);
+        write(step.dst);
+        plan_.steps.push_back(step);
+    }
+
+    // Both sources as one map, unless the kernels can read them as two.
+    void join_uneven(int32_t (&sources)[2]) {
+        if (sources[1] == -1 || map(sources[0]).channels % kBlock == 0) return;
+        const PlanMap first = map(sources[0]);
+        const int32_t joined = new_map(first.channels + map(sources[1]).channels, first.height, first.width);
+        add_copy({{sources[0], sources[1]}, joined, -1, 1.0f, false});
+        sources[0] = joined;
+        sources[1] = -1;
+    }
+
+    void lower_norm(const unetrt_operator& op) {
+        const int32_t channels = map(op.dst).channels;
+        NormStep step{{op.src[0], op.src[1]}, op.dst, op.add, op.scale, op.eps, op.kind, op.groups, op.activation, -1, -1, -1};
+        join_uneven(step.src);
+        step.weight = op.kind == UNETRT_NO_NORM ? -1 : pack_vector(op.weight, channels);
+        step.bias = pack_vector(op.bias, channels);
+        step.row = pad_row(op.row, channels, 2);
+        read(step.src[0]);
+        read(step.src[1]);
+        read(step.add);
+        write(step.dst);
+        plan_.steps.push_back(step);
+    }
+
+    void lower_attention(const unetrt_operator& op) {
+        const int32_t floats = 2 * op.heads * op.memory * op.dim;
+        const int64_t learned = op.memory > 0 ? pack_vector(op.weight, floats) : -1;
+        const bool is_linear = op.code == UNETRT_LINEAR_ATTENTION;
+        read(op.src[0]);
+        write(op.dst);
+        plan_.steps.push_back(
+            AttentionStep{is_linear, op.src[0], op.dst, op.heads, op.dim, op.memory, op.scale, op.eps, learned});
+    }
+
+    void lower_resample(const unetrt_operator& op) {
+        read(op.src[0]);
+        read(op.add);
+        write(op.dst);
+        plan_.steps.push_back(ResampleStep{op.src[0], op.dst, op.add, op.kind, op.pad, op.scale});
+    }
+
+    void lower_conv(const unetrt_operator& op) {
+        if (op.mode == UNETRT_PLAIN) {
+            ConvStep step = start_conv(op, 1, 0, 0);
+            if (op.stride == 1) {
+                add_plain_taps(op, step);
+            } else {
+                add_strided_taps(op, step);
+            }
+            return add_conv(std::move(step));
+        }
+        const int64_t bias = pack_biases(op), row = pad_row(op.row, map(op.dst).channels, 1);
+        for (int32_t phase = 0; phase < 4; ++phase) {
+            ConvStep step = start_conv(op, 2, phase / 2, phase % 2);
+            step.bias = bias;
+            step.row = row;
+            if (op.mode == UNETRT_UPSAMPLED) {
+                add_upsampled_taps(op, step);
+            } else {
+                add_transposed_taps(op, step);
+            }
+            add_conv(std::move(step));
+        }
+    }
+
+    int64_t pack_biases(const unetrt_operator& op) {
+        const int32_t channels = map(op.dst).channels;
+        const int64_t packed = reserve(pad_channels(channels));
+        plan_.vectors.push_back({packed, op.bias, op.bias == -1 ? 0 : channels, pad_channels(channels)});
+        if (op.extra_bias != -1 && op.extra[0] != -1) {
+            plan_.vectors.push_back({packed, op.extra_bias, channels, pad_channels(channels)});
+        }
+        return packed;
+    }
+
+    ConvStep start_conv(const unetrt_operator& op, int32_t step, int32_t y0, int32_t x0) {
+        const PlanMap& dst = map(op.dst);
+        ConvStep conv{};
+        conv.dst = op.dst;
+        conv.height = dst.height / step;
+        conv.width = dst.width / step;
+        conv.step = step;
+        conv.y0 = y0;
+        conv.x0 = x0;
+        conv.add = op.add;
+        conv.scale = op.scale;
+        conv.out_channels = dst.channels;
+        conv.clears_border = y0 == 0 && x0 == 0;
+        if (step == 1) {
+            conv.bias = pack_biases(op);
+            conv.row = pad_row(op.row, dst.channels, 1);
+        }
+        return conv;
+    }
+
+    // One tap for each source, which share the kernel's pixel.
+    void add_taps(const int32_t (&sources)[2], int32_t dy, int32_t dx, TapWeights weights, ConvStep& step) {
+        for (const int32_t source : sources) {
+            if (source == -1) continue;
+            step.taps.push_back({source, 0, map(source).channels, dy, dx, weights});
+            for (int32_t i = 0; i < weights.count; ++i) weights.place[i] += map(source).channels * weights.in_stride;
+        }
+    }
+
+    void add_plain_taps(const unetrt_operator& op, ConvStep& step) {
+        const int32_t k = op.kernel, in = count_channels(program_, op.src);
+        for (int32_t i = 0; i < k * k; ++i) {
+            const TapWeights weights{{op.weight + i, 0, 0, 0}, 1, static_cast<int64_t>(in) * k * k, k * k};
+            add_taps(op.src, i / k - op.pad, i % k - op.pad, weights, step);
+        }
+        if (op.extra[0] == -1) return;
+        const int32_t extra = count_channels(program_, op.extra);
+        add_taps(op.extra, 0, 0, {{op.extra_weight, 0, 0, 0}, 1, extra, 1}, step);
+    }
+
+    // The source's pixels by the parity of their row and column, so that every tap has stride 1.
+    void add_strided_taps(const unetrt_operator& op, ConvStep& step) {
+        const int32_t k = op.kernel, in = count_channels(program_, op.src);
+        for (const int32_t source : op.src) {
+            if (source == -1) continue;
+            const PlanMap shape = map(source);
+            const int32_t padded = pad_channels(shape.channels);
+            const int32_t phases = new_map(4 * padded, (shape.height + 1) / 2, (shape.width + 1) / 2);
+            add_copy({{source, -1}, phases, -1, 1.0f, true});
+            const int32_t first = source == op.src[0] ? 0 : map(op.src[0]).channels;
+            for (int32_t i = 0; i < k * k; ++i) {
+                const int32_t y = i / k - op.pad, x = i % k - op.pad;
+                const int32_t phase = 2 * (y & 1) + (x & 1);
+                const TapWeights weights{
+                    {op.weight + static_cast<int64_t>(first) * k * k + i, 0, 0, 0}, 1, static_cast<int64_t>(in) * k * k, k * k};
+                step.taps.push_back({phases, phase * padded / kBlock, shape.channels, halve_down(y), halve_down(x), weights});
+            }
+        }
+    }
+
+    // Pixel 2 y + phase of the repeated map is pixel y + halve_down(phase + k - 1) of the map for row k of the kernel, so
+    // that three rows meet two.
+    void add_upsampled_taps(const unetrt_operator& op, ConvStep& step) {
+        const int32_t in = count_channels(program_, op.src);
+        for (int32_t dy = -1; dy <= 1; ++dy)
+            for (int32_t dx = -1; dx <= 1; ++dx) {
+                TapWeights weights{{0, 0, 0, 0}, 0, static_cast<int64_t>(in) * 9, 9};
+                for (int32_t i = 0; i < 9; ++i) {
+                    const bool meets = halve_down(step.y0 + i / 3 - 1) == dy && halve_down(step.x0 + i % 3 - 1) == dx;
+                    if (meets) weights.place[weights.count++] = op.weight + i;
+                }
+                if (weights.count > 0) add_taps(op.src, dy, dx, weights, step);
+            }
+    }
+
+    // out[o] sums in[i] w[k] over o = 2 i - 1 + k.
+    void add_transposed_taps(const unetrt_operator& op, ConvStep& step) {
+        const int32_t out = map(op.dst).channels;
+        for (int32_t i = 0; i < 16; ++i) {
+            const int32_t y = step.y0 + 1 - i / 4, x = step.x0 + 1 - i % 4;
+            if (y % 2 != 0 || x % 2 != 0) continue;
+            add_taps(op.src, y / 2, x / 2, {{op.weight + i, 0, 0, 0}, 1, 16, static_cast<int64_t>(out) * 16}, step);
+        }
+    }
+
+    void add_conv(ConvStep step) {
+        int64_t inputs = 0;
+        for (const Tap& tap : step.taps) {
+            PlanMap& source = map(tap.map);
+            read(tap.map);
+            const int32_t most = std::max(reach(tap.dy, step.height, source.height), reach(tap.dx, step.width, source.width));
+            source.border = std::max(source.border, most);
+            inputs += tap.channels;
+        }
+        read(step.add);
+        write(step.dst);
+        step.weights = reserve(inputs * pad_channels(step.out_channels));
+        plan_.steps.push_back(std::move(step));
+    }
+
+    const Program& program_;
+    Plan plan_{};
+};
+
+bool live_together(const PlanMap& a, const PlanMap& b) { return a.first <= b.last && b.first <= a.last; }
+
+// The lowest place where a map of `size` fits between maps placed already.
+int64_t find_gap(std::vector<const PlanMap*>& taken, int64_t size) {
+    std::sort(taken.begin(), taken.end(), [](const PlanMap* a, const PlanMap* b) { return a->offset < b->offset; });
+    int64_t place = 0;
+    for (const PlanMap* other : taken) {
+        if (other->offset - place >= size) break;
+        place = std::max(place, other->offset + other->size);
+    }
+    return place;
+}
+
+}  // namespace
+
+int64_t place_maps(std::vector<PlanMap>& maps) {
+    std::vector<PlanMap*> order;
+    for (PlanMap& map : maps)
+        if (map.first != -1) order.push_back(&map);
+    std::stable_sort(order.begin(), order.end(), [](const PlanMap* a, const PlanMap* b) { return a->size > b->size; });
+    int64_t total = 0;
+    for (size_t i = 0; i < order.size(); ++i) {
+        std::vector<const PlanMap*> taken;
+        for (size_t j = 0; j < i; ++j)
+            if (live_together(*order[i], *order[j])) taken.push_back(order[j]);
+        order[i]->offset = find_gap(taken, order[i]->size);
+        total = std::max(total, order[i]->offset + order[i]->size);
+    }
+    return total;
+}
+
+Plan make_plan(const Program& program, const Kernels& kernels) { return Planner(program, kernels).make(); }
+
+}  // namespace unetrt

@@ -1,0 +1,114 @@
+// A program as steps for one instruction set: every convolution a sum over taps of stride 1, every map at its place in
+// an arena, every weight at its place in the packed array. Sizes are for one image; a batch multiplies them.
+#pragma once
+
+#include <cstdint>
+#include <variant>
+#include <vector>
+
+#include "kernels.h"
+#include "program.h"
+
+namespace unetrt {
+
+struct PlanMap {
+    int32_t channels, height, width, border;
+    // First float in the arena, and floats, of one image.
+    int64_t offset, size;
+    // The steps that write it and that read it last.
+    int32_t first, last;
+};
+
+// Weights of one tap: w[o][c] = the sum over `count` places of weights[place + o * out_stride + c * in_stride].
+// Several places: pixels of the kernel that meet the same pixel of a map that is repeated.
+struct TapWeights {
+    int64_t place[4];
+    int32_t count;
+    int64_t out_stride, in_stride;
+};
+
+// Output pixel (y, x) reads `channels` channels of pixel (y + dy, x + dx) of a map, from block `block` on.
+struct Tap {
+    int32_t map, block, channels, dy, dx;
+    TapWeights weights;
+};
+
+// Floats of the packed array that are not convolution weights: `count` of the source from `place` on, or where place is
+// -1 zeros, padded with zeros to `padded`. Vectors with the same `packed` are added up.
+struct PackedVector {
+    int64_t packed;
+    int64_t place;
+    int32_t count, padded;
+};
+
+struct ConvStep {
+    std::vector<Tap> taps;
+    int32_t dst, height, width, step, y0, x0;
+    int32_t add;
+    float scale;
+    int32_t out_channels;
+    bool clears_border;
+    // In the packed array and in the padded rows; row -1: none.
+    int64_t weights, bias, row;
+};
+
+struct NormStep {
+    int32_t src[2], dst, add;
+    float scale, eps;
+    int32_t kind, groups, activation;
+    // -1: none.
+    int64_t weight, bias, row;
+};
+
+struct AttentionStep {
+    bool is_linear;
+    int32_t src, dst, heads, dim, memory;
+    float scale, value_scale;
+    int64_t learned;
+};
+
+struct ResampleStep {
+    int32_t src, dst, add, kind, pad;
+    float scale;
+};
+
+struct CopyStep {
+    int32_t src[2], dst, add;
+    float scale;
+    bool splits;
+};
+
+struct PlanarStep {
+    int32_t map;
+    bool is_input;
+};
+
+using Step = std::variant<ConvStep, NormStep, AttentionStep, ResampleStep, CopyStep, PlanarStep>;
+
+// Columns of the caller's rows, copied to a padded place.
+struct RowCopy {
+    int32_t column, count;
+    int64_t padded;
+};
+
+struct Plan {
+    const Kernels* kernels;
+    int32_t in_channels, out_channels, row_width;
+    int64_t weights;
+    std::vector<PlanMap> maps;
+    std::vector<Step> steps;
+    std::vector<PackedVector> vectors;
+    std::vector<RowCopy> rows;
+    // Floats: of the packed array, of one image's padded rows, of one image's maps.
+    int64_t packed, padded_rows, arena;
+};
+
+Plan make_plan(const Program& program, const Kernels& kernels);
+
+// Blocks of 16 channels times 16.
+inline int32_t pad_channels(int32_t channels) { return (channels + kBlock - 1) / kBlock * kBlock; }
+
+// Places of all maps in an arena, maps that are never needed together sharing one; sets offsets, returns its size.
+int64_t place_maps(std::vector<PlanMap>& maps);
+
+}  // namespace unetrt

@@ -1,0 +1,215 @@
+#include "steps.h"
+
+#include <algorithm>
+#include <set>
+
+namespace unetrt {
+
+namespace {
+
+// Of a core's second-level cache, for the rows that one piece of a convolution reads.
+constexpr int64_t kPieceBytes = 256 * 1024;
+constexpr int32_t kItemsAThread = 8;
+
+class Binder {
+  public:
+    Binder(const Plan& plan, int32_t batch, int threads, const Places& places)
+        : plan_(plan), kernels_(*plan.kernels), batch_(batch), threads_(threads), places_(places) {}
+
+    Bound bind() {
+        for (const Step& step : plan_.steps) std::visit([this](const auto& s) { add(s); }, step);
+        return std::move(bound_);
+    }
+
+    // The same without places: what the steps ask for.
+    Memory measure() {
+        for (const Step& step : plan_.steps) {
+            if (const auto* norm = std::get_if<NormStep>(&step)) {
+                shared_ = std::max(shared_, kernels_.norm_statistics(norm_args(*norm)));
+            } else if (const auto* attention = std::get_if<AttentionStep>(&step)) {
+                const AttentionArgs args = attention_args(*attention);
+                const auto workspace = attention->is_linear ? kernels_.linear_workspace : kernels_.attention_workspace;
+                const auto scratch = attention->is_linear ? kernels_.linear_scratch : kernels_.attention_scratch;
+                shared_ = std::max(shared_, workspace(args));
+                scratch_ = std::max(scratch_, scratch(args));
+            }
+        }
+        return {plan_.arena * batch_, plan_.padded_rows * batch_, shared_, scratch_};
+    }
+
+  private:
+    Map map(int32_t index) const {
+        if (index == -1) return Map{};
+        const PlanMap& m = plan_.maps[static_cast<size_t>(index)];
+        float* data = places_.maps == nullptr ? nullptr : places_.maps + m.offset * batch_;
+        return {data, m.channels, m.height, m.width, m.border, batch_};
+    }
+
+    Maps maps(const int32_t (&indices)[2]) const {
+        return {{map(indices[0]), map(indices[1])}, indices[1] == -1 ? 1 : 2};
+    }
+
+    const float* packed(int64_t place) const {
+        return place == -1 || places_.packed == nullptr ? nullptr : places_.packed + place;
+    }
+
+    const float* rows(int64_t place) const {
+        return place == -1 || places_.rows == nullptr ? nullptr : places_.rows + place;
+    }
+
+    template <typename Args>
+    void add_task(int items, void (*kernel)(const Args&, int), const Args& args) {
+        if (items > 0) bound_.tasks.push_back({items, [=](int item, float*) { kernel(args, item); }});
+    }
+
+    // The order of the taps is the order of the packed weights.
+    const std::vector<Segment>& add_segments(const ConvStep& step) {
+        auto segments = std::make_unique<std::vector<Segment>>();
+        for (const Tap& tap : step.taps) {
+            const Map source = map(tap.map);
+            const int32_t blocks = pad_channels(tap.channels) / kBlock;
+            const int32_t last = tap.channels - (blocks - 1) * kBlock;
+            segments->push_back({source.at(tap.block, tap.dy, tap.dx), source.plane(), source.row(), blocks, last});
+        }
+        bound_.segments.push_back(std::move(segments));
+        return *bound_.segments.back();
+    }
+
+    // Few enough rows for the cache, and enough pieces for all threads.
+    int32_t choose_piece_rows(const ConvStep& step, int32_t panels) const {
+        std::set<int32_t> sources;
+        int64_t row_bytes = 0;
+        for (const Tap& tap : step.taps) {
+            if (!sources.insert(tap.map).second) continue;
+            const Map source = map(tap.map);
+            row_bytes += source.row() * source.blocks() * static_cast<int64_t>(sizeof(float));
+        }
+        const int64_t most = std::max<int64_t>(1, kPieceBytes / row_bytes - 2);
+        const int32_t by_cache = static_cast<int32_t>((step.height + most - 1) / most);
+        const int32_t by_threads = (kItemsAThread * threads_ + panels - 1) / panels;
+        const int32_t pieces = std::min(step.height, std::max(by_cache, by_threads));
+        return (step.height + pieces - 1) / pieces;
+    }
+
+    void add(const ConvStep& step) {
+        const std::vector<Segment>& segments = add_segments(step);
+        int64_t inputs = 0;
+        for (const Tap& tap : step.taps) inputs += tap.channels;
+        ConvArgs args{};
+        args.segments = segments.data();
+        args.segment_count = static_cast<int32_t>(segments.size());
+        args.weights = packed(step.weights);
+        args.panel_floats = inputs * kernels_.panel;
+        args.bias = packed(step.bias);
+        args.rows = rows(step.row);
+        args.row_stride = plan_.padded_rows;
+        args.dst = map(step.dst);
+        args.height = step.height;
+        args.width = step.width;
+        args.step = step.step;
+        args.y0 = step.y0;
+        args.x0 = step.x0;
+        args.add = map(step.add);
+        args.scale = step.scale;
+        args.panels = (pad_channels(step.out_channels) + kernels_.panel - 1) / kernels_.panel;
+        args.piece_rows = choose_piece_rows(step, args.panels);
+        args.clears_border = step.clears_border;
+        add_task(kernels_.conv_items(args), kernels_.conv, args);
+    }
+
+    NormArgs norm_args(const NormStep& step) const {
+        NormArgs args{};
+        args.src = maps(step.src);
+        args.dst = map(step.dst);
+        args.add = map(step.add);
+        args.scale = step.scale;
+        args.eps = step.eps;
+        args.kind = step.kind;
+        args.groups = step.groups;
+        args.activation = static_cast<Activation>(step.activation);
+        args.weight = packed(step.weight);
+        args.bias = packed(step.bias);
+        args.rows = rows(step.row);
+        args.row_stride = plan_.padded_rows;
+        args.statistics = places_.shared;
+        return args;
+    }
+
+    void add(const NormStep& step) {
+        const NormArgs args = norm_args(step);
+        const auto kernel = kernels_.norm;
+        for (int phase = 0; phase < kNormPhases; ++phase) {
+            const int items = kernels_.norm_items(args, phase);
+            if (items > 0) bound_.tasks.push_back({items, [=](int item, float*) { kernel(args, phase, item); }});
+        }
+    }
+
+    AttentionArgs attention_args(const AttentionStep& step) const {
+        AttentionArgs args{};
+        args.qkv = map(step.src);
+        args.dst = map(step.dst);
+        args.heads = step.heads;
+        args.dim = step.dim;
+        args.memory = step.memory;
+        args.learned = packed(step.learned);
+        args.scale = step.scale;
+        args.value_scale = step.value_scale;
+        args.workspace = places_.shared;
+        return args;
+    }
+
+    void add(const AttentionStep& step) {
+        const AttentionArgs args = attention_args(step);
+        const auto count = step.is_linear ? kernels_.linear_items : kernels_.attention_items;
+        const auto kernel = step.is_linear ? kernels_.linear : kernels_.attention;
+        for (int phase = 0; phase < kAttentionPhases; ++phase) {
+            const int items = count(args, phase);
+            if (items == 0) continue;
+            bound_.tasks.push_back({items, [=](int item, float* scratch) { kernel(args, phase, item, scratch); }});
+        }
+    }
+
+    void add(const ResampleStep& step) {
+        const ResampleArgs args{map(step.src), map(step.dst), map(step.add), step.scale, step.kind, step.pad};
+        add_task(kernels_.resample_items(args), kernels_.resample, args);
+    }
+
+    void add(const CopyStep& step) {
+        const CopyArgs args{maps(step.src), map(step.dst), map(step.add), step.scale};
+        if (step.splits) {
+            add_task(kernels_.split_items(args), kernels_.split, args);
+        } else {
+            add_task(kernels_.copy_items(args), kernels_.copy, args);
+        }
+    }
+
+    void add(const PlanarStep& step) {
+        const Map m = map(step.map);
+        const Request* request = places_.request;
+        const auto kernel = step.is_input ? kernels_.from_planar : kernels_.to_planar;
+        const bool is_input = step.is_input;
+        const auto run = [=](int item, float*) {
+            // The kernel for inputs only reads them.
+            kernel({is_input ? const_cast<float*>(request->x) : request->out, m}, item);
+        };
+        bound_.tasks.push_back({kernels_.planar_items({nullptr, m}), run});
+    }
+
+    const Plan& plan_;
+    const Kernels& kernels_;
+    const int32_t batch_;
+    const int threads_;
+    const Places places_;
+    Bound bound_;
+    int64_t shared_ = 0, scratch_ = 0;
+};
+
+}  // namespace
+
+Memory count_memory(const Plan& plan, int32_t batch) { return Binder(plan, batch, 1, {}).measure(); }
+
+Bound bind(const Plan& plan, int32_t batch, int threads, const Places& places) {
+    return Binder(plan, batch, threads, places).bind();
+}
+
+}  // namespace unetrt

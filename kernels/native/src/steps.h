@@ -1,0 +1,42 @@
+// A plan's steps as tasks, for one batch and one place of its maps.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "plan.h"
+#include "pool.h"
+
+namespace unetrt {
+
+// Where a run's images, rows and results are; read when a task runs.
+struct Request {
+    const float* x;
+    float* out;
+};
+
+// Floats that a plan needs for a batch besides the packed weights. scratch: for each thread.
+struct Memory {
+    int64_t maps, rows, shared, scratch;
+};
+
+// Where they are; rows: [batch][plan.padded_rows]. shared: statistics and workspace of one step at a time.
+struct Places {
+    const float* packed;
+    float* maps;
+    const float* rows;
+    float* shared;
+    const Request* request;
+};
+
+// Segments are what the tasks of convolutions point to.
+struct Bound {
+    std::vector<Task> tasks;
+    std::vector<std::unique_ptr<std::vector<Segment>>> segments;
+};
+
+Memory count_memory(const Plan& plan, int32_t batch);
+
+Bound bind(const Plan& plan, int32_t batch, int threads, const Places& places);
+
+}  // namespace unetrt

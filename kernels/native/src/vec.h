@@ -1,0 +1,66 @@
+// Vectors of floats by the compiler's vector extensions: the same source for every instruction set.
+#pragma once
+
+#include <cstdint>
+
+#ifndef UNETRT_ISA
+#error "kernels are compiled with UNETRT_ISA (a namespace) and UNETRT_LANES (floats a register)"
+#endif
+
+#define UNETRT_INLINE static inline __attribute__((always_inline))
+
+namespace unetrt::UNETRT_ISA {
+
+constexpr int kLanes = UNETRT_LANES;
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef float VecUnaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+
+UNETRT_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
+UNETRT_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
+// x - 0 is x, also for -0, which the compiler knows.
+UNETRT_INLINE Vec splat(float x) { return x - Vec{}; }
+UNETRT_INLINE Vec pick(Ints mask, Vec a, Vec b) { return mask ? a : b; }
+UNETRT_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+UNETRT_INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+
+UNETRT_INLINE float sum(Vec v) {
+    float total = 0;
+    for (int i = 0; i < kLanes; ++i) total += v[i];
+    return total;
+}
+
+UNETRT_INLINE float largest(Vec v) {
+    float most = v[0];
+    for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
+// exp(x) within 2 ulp for x in [-87, 88], 0 below and inf above; NaN stays. Cody-Waite reduction by ln 2 in two parts,
+// then the minimax polynomial of degree 6 on [-ln(2)/2, ln(2)/2].
+UNETRT_INLINE Vec exp(Vec x) {
+    const Vec clamped = larger(smaller(x, splat(88.7228f)), splat(-87.3365f));
+    // Adding 1.5 * 2^23 rounds to an integer, which the sum's low bits then hold.
+    const Vec magic = splat(12582912.0f);
+    const Vec shifted = clamped * 1.44269504f + magic;
+    const Vec n = shifted - magic;
+    const Vec r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
+    Vec p = splat(1.3888889e-3f);
+    p = p * r + 8.3333333e-3f;
+    p = p * r + 4.1666667e-2f;
+    p = p * r + 1.6666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    // 2^n as two factors, because n may be 128.
+    const Ints k = reinterpret_cast<Ints>(shifted) - 0x4b400000;
+    const Ints half = k >> 1;
+    const Vec low = reinterpret_cast<Vec>((half + 127) << 23);
+    const Vec high = reinterpret_cast<Vec>((k - half + 127) << 23);
+    Vec y = p * low * high;
+    y = pick(x < -87.3365f, Vec{}, y);
+    y = pick(x > 88.7228f, splat(__builtin_inff()), y);
+    return pick(x != x, x, y);
+}
+
+}  // namespace unetrt::UNETRT_ISA

@@ -1,0 +1,142 @@
+// What the checks of kernels share: maps that own their floats, seeded values, comparison with doubles.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "kernels.h"
+
+namespace unetrt::check {
+
+constexpr int kSkipped = 77;  // Exit status: this CPU lacks the instruction set.
+
+#define UNETRT_NAME_(x) #x
+#define UNETRT_NAME(x) UNETRT_NAME_(x)
+
+inline bool has_instruction_set() {
+    const char* name = UNETRT_NAME(UNETRT_ISA);
+#if defined(__x86_64__)
+    if (std::strcmp(name, "avx512") == 0) return __builtin_cpu_supports("avx512f") != 0;
+    if (std::strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") != 0;
+#endif
+    return std::strcmp(name, "portable") == 0;
+}
+
+// Values in [-1, 1) of a linear congruential generator.
+class Random {
+  public:
+    explicit Random(uint32_t seed) : state_(seed) {}
+
+    float next() {
+        state_ = state_ * 1664525u + 1013904223u;
+        return static_cast<float>(state_ >> 8) / 8388608.0f - 1.0f;
+    }
+
+  private:
+    uint32_t state_;
+};
+
+struct Shape {
+    int channels, height, width, border, images;
+};
+
+class OwnedMap {
+  public:
+    OwnedMap(const Shape& shape, float fill)
+        : map_{nullptr, shape.channels, shape.height, shape.width, shape.border, shape.images},
+          floats_(static_cast<size_t>(map_.blocks() * map_.plane()), fill) {
+        map_.data = floats_.data();
+    }
+    OwnedMap(const OwnedMap&) = delete;
+    OwnedMap& operator=(const OwnedMap&) = delete;
+
+    const Map& map() const { return map_; }
+    const std::vector<float>& floats() const { return floats_; }
+    float& at(int image, int channel, int y, int x) const {
+        return map_.at(channel / kBlock, y, x)[image * kBlock + channel % kBlock];
+    }
+
+    // Every channel of every image; of factor * [-1, 1).
+    void randomise(uint32_t seed, float factor) const {
+        Random random(seed);
+        for (int n = 0; n < map_.images; ++n)
+            for (int c = 0; c < map_.channels; ++c)
+                for (int y = 0; y < map_.height; ++y)
+                    for (int x = 0; x < map_.width; ++x) at(n, c, y, x) = factor * random.next();
+    }
+
+  private:
+    Map map_;
+    std::vector<float> floats_;
+};
+
+constexpr float kUnwritten = std::numeric_limits<float>::quiet_NaN();
+
+// Whether the padding of a map, its border and its missing channels, is 0.
+inline bool has_zero_padding(const OwnedMap& owned) {
+    const Map& map = owned.map();
+    for (int n = 0; n < map.images; ++n)
+        for (int c = 0; c < map.blocks() * kBlock; ++c)
+            for (int y = -map.border; y < map.height + map.border; ++y)
+                for (int x = -map.border; x < map.width + map.border; ++x) {
+                    const bool is_inside = y >= 0 && y < map.height && x >= 0 && x < map.width && c < map.channels;
+                    if (!is_inside && !(owned.at(n, c, y, x) == 0.0f)) return false;
+                }
+    return true;
+}
+
+// [images][channels][height][width] doubles that a map should hold.
+class Expected {
+  public:
+    explicit Expected(const Map& map)
+        : channels_(map.channels),
+          height_(map.height),
+          width_(map.width),
+          values_(static_cast<size_t>(map.images * map.channels * map.height * map.width)) {}
+
+    double& at(int image, int channel, int y, int x) {
+        const size_t row = (static_cast<size_t>(image) * channels_ + channel) * height_ + y;
+        return values_[row * width_ + x];
+    }
+
+  private:
+    size_t channels_, height_, width_;
+    std::vector<double> values_;
+};
+
+// The largest difference; infinite where a value was not written.
+inline double largest_error(const OwnedMap& owned, Expected& expected) {
+    const Map& map = owned.map();
+    double most = 0;
+    for (int n = 0; n < map.images; ++n)
+        for (int c = 0; c < map.channels; ++c)
+            for (int y = 0; y < map.height; ++y)
+                for (int x = 0; x < map.width; ++x) {
+                    const double error = std::fabs(owned.at(n, c, y, x) - expected.at(n, c, y, x));
+                    most = error <= most ? most : std::isnan(error) ? std::numeric_limits<double>::infinity() : error;
+                }
+    return most;
+}
+
+// Whether image `image` of a map is bit for bit the only image of another.
+inline bool is_same_image(const OwnedMap& many, int image, const OwnedMap& one) {
+    const Map& map = many.map();
+    for (int c = 0; c < map.channels; ++c)
+        for (int y = 0; y < map.height; ++y)
+            for (int x = 0; x < map.width; ++x) {
+                if (std::memcmp(&many.at(image, c, y, x), &one.at(0, c, y, x), sizeof(float)) != 0) return false;
+            }
+    return true;
+}
+
+// Prints a failure and returns 1, or returns 0.
+inline int report(bool is_right, const char* what, const char* name, double error, double limit) {
+    if (!is_right) std::printf("FAIL %s: %s, error %g, limit %g\n", name, what, error, limit);
+    return is_right ? 0 : 1;
+}
+
+}  // namespace unetrt::check
