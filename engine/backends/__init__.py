@@ -69,6 +69,12 @@ def _missing(module: str, extra: str) -> Callable[[], str | None]:
     return reason
 
 
+def _native_reason() -> str | None:
+    from kernels.native.library import reason_against
+
+    return reason_against()
+
+
 def _eager_precisions() -> tuple[str, ...]:
     return ("fp16", "bf16", "fp32") if torch.cuda.is_available() else ("fp32",)
 
@@ -77,6 +83,7 @@ def _choices() -> tuple[_Choice, ...]:
     """Fastest first, for a machine without a usable plan."""
     eager = _eager_precisions()
     choices = (
+        _Choice("native", ("fp32",), {"fp32": WEIGHTS_NAME}, _native_reason),
         _Choice("ov", ("fp32", "bf16"), {"fp32": ONNX_NAME, "bf16": ONNX_NAME}, _missing("openvino", "cpu")),
         _Choice("ort", ("fp32", "fp16"), {"fp32": ONNX_NAME, "fp16": FP16_ONNX_NAME}, _missing("onnxruntime", "onnx")),
         _Choice("eager", eager, dict.fromkeys(eager, WEIGHTS_NAME), lambda: None),
@@ -90,10 +97,10 @@ def open_backend(
 ) -> Backend:
     """Open a bundle's network on the fastest backend that this machine and the bundle support.
 
-    name: "auto", "trt" (TensorRT), "ov" (OpenVINO), "ort" (ONNX Runtime) or "eager" (torch). precision: None takes
-    fp32 for ov and ort, fp32 for eager on a CPU and fp16 on CUDA, fp16 for trt where the bundle has such a plan.
-    threads: CPU threads, None for all cores. Which one was taken and why is logged. Raises BackendError,
-    MissingPackageError or BundleError.
+    name: "auto", "trt" (TensorRT), "native" (this package's CPU engine), "ov" (OpenVINO), "ort" (ONNX Runtime) or
+    "eager" (torch). precision: None takes fp32 for native, ov and ort, fp32 for eager on a CPU and fp16 on CUDA, fp16
+    for trt where the bundle has such a plan. threads: CPU threads, None for all cores. Which one was taken and why is
+    logged. Raises BackendError, MissingPackageError or BundleError.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     if threads is not None and threads < 1:
@@ -111,6 +118,8 @@ def open_backend(
             logger.info("backend %s in %s%s", choice.name, taken, f" ({'; '.join(rejected)})" if rejected else "")
             if choice.name == "trt":
                 return _open_trt(opened, precision)
+            if choice.name == "native":
+                return _open_native(opened, threads)
             return _open(choice.name, opened, taken, choice.needs[taken], threads)
         rejected.append(f"{choice.name}: {reason}")
     raise BackendError("no backend can run this bundle here: " + "; ".join(rejected))
@@ -124,13 +133,24 @@ def _reason_against(choice: _Choice, bundle: Bundle, precision: str | None) -> s
     artefact = choice.needs[precision or choice.precisions[0]]
     if not bundle.has(artefact):
         return f"the bundle holds no {artefact}"
-    return choice.reason_against()
+    reason = choice.reason_against()
+    if reason is None and choice.name == "native":
+        from engine.backends.native import unsupported
+
+        return unsupported(bundle.manifest.config)
+    return reason
 
 
 def _open_trt(bundle: Bundle, precision: str | None) -> Backend:
     from engine.backends.trt import TrtBackend
 
     return TrtBackend(bundle, precision)
+
+
+def _open_native(bundle: Bundle, threads: int | None) -> Backend:
+    from engine.backends.native import NativeBackend
+
+    return NativeBackend.open(bundle, threads)
 
 
 def _open(name: str, bundle: Bundle, precision: str, artefact: str, threads: int | None) -> Backend:

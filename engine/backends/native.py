@@ -1,0 +1,145 @@
+"""The network on the CPU engine of kernels/native: fp32, no other package needed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.backends.native_blocks import build_program
+from engine.backends.native_cache import Content, Key, load_or_pack
+from engine.backends.native_program import FORMAT, Program
+from engine.backends.native_rows import PREFIX, TimeRows
+from engine.bundle import WEIGHTS_NAME, Bundle, Manifest
+from engine.config import UNetConfig
+from engine.errors import BackendError
+from kernels.native.library import Engine, Isa, NativeError, Network
+
+_CPUS = Path("/sys/devices/system/cpu")
+
+
+class NativeBackend:
+    """One engine with threads of its own. An image's bits depend on neither its batch nor the number of threads."""
+
+    name = "native"
+    precision = "fp32"
+
+    def __init__(self, manifest: Manifest, network: Network, content: Content, threads: int | None = None) -> None:
+        """threads: None for one on each core that this process may use. Raises BackendError."""
+        self.manifest = manifest
+        self.device = torch.device("cpu")
+        self._rows = TimeRows(manifest.config, content.time)
+        try:
+            self._engine: Engine | None = Engine(network, content.packed, count_cores() if threads is None else threads)
+        except NativeError as error:
+            raise BackendError(f"the native engine cannot run this network: {error}") from error
+
+    @classmethod
+    def open(cls, bundle: Bundle, threads: int | None = None, isa: Isa | None = None) -> NativeBackend:
+        """A bundle's network; its weights are packed once and then kept in the user's cache folder.
+
+        isa: None for the fastest of this CPU. Raises BackendError or BundleError.
+        """
+        program = build_program(bundle.manifest.config)
+        network = _make_network(program, isa)
+        entry = bundle.manifest.files.get(WEIGHTS_NAME)
+        digest = hashlib.sha256(program.words().tobytes()).hexdigest()
+        key = Key(entry.sha256 if entry else "", digest, network.isa.name.lower(), FORMAT)
+        content = load_or_pack(key, network.packed_bytes, lambda: _pack_bundle(bundle, program, network))
+        return cls(bundle.manifest, network, content, threads)
+
+    @classmethod
+    def from_weights(
+        cls, manifest: Manifest, state: Mapping[str, Tensor], threads: int | None = None, isa: Isa | None = None
+    ) -> NativeBackend:
+        """A network without a bundle, its weights those of engine.unet.UNet's state dict. Raises BackendError."""
+        program = build_program(manifest.config)
+        network = _make_network(program, isa)
+        return cls(manifest, network, pack_weights(program, network, state), threads)
+
+    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+        """See engine.backends.Backend; raises BackendError for inputs of other shapes and types, and once closed."""
+        if self._engine is None:
+            raise BackendError("this backend was closed; open the bundle again")
+        config = self.manifest.config
+        x = _join(config, x_t, cond)
+        if len(timestep) != len(x):
+            raise BackendError(f"x_t has {len(x)} images and timestep {len(timestep)}; expected as many")
+        rows = self._rows(timestep, y)
+        try:
+            out = torch.from_numpy(self._engine.run(x.contiguous().numpy(), rows))
+        except NativeError as error:
+            raise BackendError(f"the native engine failed: {error}") from error
+        return out / timestep[:, None, None, None] if config.divides_by_timestep else out
+
+    def close(self) -> None:
+        """End the threads, once the calls that run are done."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = None
+
+
+def unsupported(config: UNetConfig) -> str | None:
+    """Why the engine cannot run a network of this description, or None."""
+    try:
+        build_program(config)
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def count_cores() -> int:
+    """Cores on which this process may run; hardware threads of one core share its arithmetic units and count once."""
+    return len({_siblings(cpu) for cpu in os.sched_getaffinity(0)})
+
+
+def _siblings(cpu: int) -> str:
+    try:
+        return (_CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return str(cpu)
+
+
+def _make_network(program: Program, isa: Isa | None) -> Network:
+    try:
+        return Network(program.words(), isa)
+    except NativeError as error:
+        raise BackendError(f"the native backend cannot be used: {error}") from error
+
+
+def pack_weights(program: Program, network: Network, state: Mapping[str, Tensor]) -> Content:
+    """What an engine needs of a state dict; raises BackendError for weights that do not fit the program."""
+    time = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+    return Content({name: value.float() for name, value in time.items()}, network.pack(program.gather(state)))
+
+
+def _pack_bundle(bundle: Bundle, program: Program, network: Network) -> Content:
+    from safetensors.torch import load_file
+
+    return pack_weights(program, network, load_file(bundle.file(WEIGHTS_NAME)))
+
+
+def _join(config: UNetConfig, x_t: Tensor, cond: Tensor | None) -> Tensor:
+    """The engine's input [B, C + Cc, H, W]."""
+    _check_image("x_t", x_t, config.in_channels, config)
+    if cond is None and not config.cond_channels:
+        return x_t.detach()
+    if cond is None or not config.cond_channels:
+        got = "none" if cond is None else f"one of {list(cond.shape)}"
+        raise BackendError(f"the network takes a condition image of {config.cond_channels} channels, got {got}")
+    _check_image("cond", cond, config.cond_channels, config)
+    if len(cond) != len(x_t):
+        raise BackendError(f"x_t has {len(x_t)} images and cond {len(cond)}; expected as many")
+    return torch.cat([cond, x_t] if config.cond_first else [x_t, cond], dim=1).detach()
+
+
+def _check_image(name: str, image: Tensor, channels: int, config: UNetConfig) -> None:
+    wanted = (channels, *config.image_size)
+    if image.ndim != 4 or not len(image) or image.shape[1:] != wanted or image.dtype != torch.float32:
+        raise BackendError(
+            f"{name} is {list(image.shape)} {image.dtype}; expected [B, {', '.join(map(str, wanted))}] float32"
+        )
