@@ -1,6 +1,6 @@
 # make demo: a fresh environment, the shipped checkpoint exported, a grid of digits.   make test: the tests.
 # make bench: the short form of every benchmark, and docs/benchmarks.md.
-# make gpu-check: on a machine with a GPU, everything that needs one.
+# make gpu-check: on a machine with a GPU, everything that needs one.   make native: the CPU engine and its tests.
 
 PYTHON ?= python3
 VENV := .venv
@@ -24,9 +24,14 @@ ifneq ($(wildcard $(GOLDEN)/.),)
 export UNET_RT_GOLDEN ?= $(GOLDEN)
 endif
 
-.PHONY: venv demo test test-slow bench gpu-check lint clean
+# Where there is no compiler, the CPU engine is left out.
+NATIVE := $(if $(and $(shell command -v cmake),$(shell command -v c++ || command -v $(CXX))),native)
 
-venv: $(VENV)/installed
+.PHONY: venv native demo test test-slow bench gpu-check lint clean
+# Installing builds the library too.
+.NOTPARALLEL:
+
+venv: $(VENV)/installed $(NATIVE)
 
 # An existing environment is only added to, never rebuilt.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -34,6 +39,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PIP) --editable '.[$(EXTRAS)]' $(NO_DEPS_NEED)
 	$(PIP) --no-deps $(NO_DEPS)
 	touch $@
+
+native:
+	cmake -S . -B build/native
+	cmake --build build/native --parallel $(shell nproc)
 
 demo: venv
 	rm -rf demo
