@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.checks import error_of
-from benchmarks.device_timing import per_call
 from benchmarks.kernel_providers import BASELINE, Provider
 from benchmarks.kernel_shapes import Place, Shape
 from benchmarks.machine_limits import Limits
@@ -65,13 +64,13 @@ def measure_case(
     case |= {"batch": batch, "precision": precision}
     task = shape.task(batch, place)
     place.device.synchronize()
-    works = {provider.name: work for provider in providers if (work := task.work(provider)) is not None}
+    works = {provider: work for provider in providers if (work := task.work(provider)) is not None}
     errors = {}
-    for name, work in works.items():
+    for provider, work in works.items():
         with place.device.use(place.device.main):
-            errors[name] = _largest(error_of(work().float().cpu(), task.wanted))
+            errors[provider.name] = _largest(error_of(work().float().cpu(), task.wanted))
     timed = interleave(
-        [per_call(name, work, place.device) for name, work in works.items()],
+        [provider.variant(provider.name, work, place.device) for provider, work in works.items()],
         budget.rounds,
         warm_up=1,
         budget_s=budget.seconds,

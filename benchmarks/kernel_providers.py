@@ -1,4 +1,4 @@
-"""Who computes the operators: torch, the reference that the eager backend runs on a CPU, and our Triton kernels."""
+"""Who computes the operators: torch, the reference that the eager backend runs on a CPU, and our kernels."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.device_timing import per_call
+from benchmarks.kernel_native import NativeOperators
 from benchmarks.report import Missing
+from benchmarks.timing import Variant
+from engine.device import Device
 from engine.fused_update import fused_update
 from engine.operators import TritonOperators
 from engine.step_program import Update, torch_update
 from kernels import reference
+from kernels.native.library import reason_against
 
 NormSilu = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
 """kernels.reference.group_norm_silu: x [B, C, H, W], weight, bias [C], num_groups, eps."""
@@ -24,6 +29,10 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """kernels.reference.attention: q, k, v [B, heads, N, head_dim], 1/sqrt(head_dim) part of q."""
 Convolution = Callable[[Tensor, Tensor, Tensor], Tensor]
 """3 x 3, stride 1, zeros around: x [B, C, H, W], weight [C', C, 3, 3], bias [C']."""
+
+
+MakeVariant = Callable[[str, Callable[[], object], Device], Variant]
+"""What times one call of an operator: its name, the call, the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +45,7 @@ class Provider:
     attention: Attention | None = None
     convolution: Convolution | None = None
     update: Update | None = None
+    variant: MakeVariant = per_call
 
 
 BASELINE = "torch"
@@ -64,6 +74,19 @@ def triton_provider() -> Provider:
     )
 
 
+def native_provider() -> Provider:
+    """The kernels of the CPU engine, each inside a program of its own; without the copies of its maps in and out."""
+    operators = NativeOperators(torch.get_num_threads())
+    return Provider(
+        "native",
+        norm_silu=operators.norm_silu,
+        modulated_norm_silu=operators.modulated_norm_silu,
+        attention=operators.attention,
+        convolution=operators.convolution,
+        variant=operators.variant,
+    )
+
+
 def compiled_provider() -> Provider:
     """torch.compile of the norms, once for every shape."""
     return Provider(
@@ -77,6 +100,10 @@ def find_providers(device: torch.device, compiles: bool) -> tuple[tuple[Provider
     """Those that can be timed on a device, the baseline first, and those that cannot. compiles: torch.compile too."""
     found, missing = [torch_provider(), reference_provider()], []
     if device.type != "cuda":
+        if (reason := reason_against()) is None:
+            found.append(native_provider())
+        else:
+            missing.append(Missing("native (group norm, attention, convolution)", reason))
         missing.append(
             Missing(
                 "triton (group norm, attention, update)",

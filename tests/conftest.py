@@ -79,6 +79,12 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def no_native_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on a machine without a compiler, so that auto takes eager of a bundle without ONNX."""
+    monkeypatch.setenv("UNETRT_NATIVE_LIBRARY", str(tmp_path / "none.so"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What a command keeps for the user stays out of the user's folder, and none of it is there before."""

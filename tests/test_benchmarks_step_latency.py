@@ -37,6 +37,8 @@ from engine.slots import Slots
 from engine.solvers import ddim_table
 from engine.step_program import torch_update
 
+pytestmark = pytest.mark.usefixtures("no_native_engine")
+
 TINY = adm_unet(size=(4, 4), mult=(1,), attention=())
 AUTO, OTHER = ("eager", "fp32"), ("ort", "fp32")
 """What "auto" takes of a bundle without ONNX, and a name beside it."""

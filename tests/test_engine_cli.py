@@ -23,6 +23,8 @@ from engine.command import run_command
 from engine.errors import OutputError
 from engine.sampler import Sampler
 
+pytestmark = pytest.mark.usefixtures("no_native_engine")
+
 CONFIG = adm_unet(mult=(1,), attention=(), num_classes=5, null_class=2)
 CLASSES = [0, 1, 3, 4]
 
@@ -78,7 +80,8 @@ def test_piped_output_has_no_progress_bar(tmp_path, bundle):
     assert "sampling" not in outcome.err
     assert "it/s" not in outcome.err
     assert "\r" not in outcome.err
-    assert outcome.err.startswith("backend eager in fp32 (ov: the bundle holds no unet.onnx")
+    assert outcome.err.startswith("backend eager in fp32 (native: UNETRT_NATIVE_LIBRARY names")
+    assert "ov: the bundle holds no unet.onnx" in outcome.err
 
 
 def test_npz(tmp_path, bundle):

@@ -143,6 +143,21 @@ def test_what_does_not_fit_the_network() -> None:
         open_network(config, threads=0)
 
 
+def test_a_profile_has_the_time_of_every_operator() -> None:
+    config = adm_unet(mult=(1,))
+    program = build_program(config)
+    network = Network(program.words())
+    packed = network.pack(program.gather(random_network(config).state_dict()))
+    engine = library.Engine(network, packed, 2)
+    x = np.ones((2, 1, *config.image_size), np.float32)
+    rows = np.ones((2, program.row_width), np.float32)
+    out, seconds = engine.profile(x, rows)
+    assert np.array_equal(out, engine.run(x, rows))
+    assert seconds.shape == (len(program.operators),)
+    assert (seconds > 0).all()
+    assert seconds.sum() < 60
+
+
 def test_weights_of_another_program() -> None:
     small = Network(build_program(adm_unet(mult=(1,))).words())
     with pytest.raises(NativeError, match="weights: got 1, expected"):

@@ -37,6 +37,10 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "unetrt_engine_create": (_POINTER, [_POINTER, _POINTER, _BYTES, ctypes.c_int]),
     "unetrt_engine_destroy": (None, [_POINTER]),
     "unetrt_engine_run": (ctypes.c_int, [_POINTER, ctypes.c_int, _POINTER, _POINTER, _POINTER]),
+    "unetrt_engine_profile": (
+        ctypes.c_int,
+        [_POINTER, ctypes.c_int, _POINTER, _POINTER, _POINTER, _POINTER, _BYTES],
+    ),
     "unetrt_engine_arena_bytes": (_BYTES, [_POINTER]),
 }
 
@@ -134,7 +138,7 @@ class Network:
         self._handle = handle
         weakref.finalize(self, self._library.unetrt_network_destroy, handle)
         self.input_shape, self.output_shape = _find_shapes(given)
-        self.row_width, self.weights = int(given[6]), int(given[7])
+        self.operators, self.row_width, self.weights = int(given[3]), int(given[6]), int(given[7])
 
     @property
     def packed_bytes(self) -> int:
@@ -171,6 +175,7 @@ class Engine:
     def __init__(self, network: Network, packed: NDArray[np.uint8], threads: int) -> None:
         self._library = network._library
         self._shapes = network.input_shape, network.output_shape, network.row_width
+        self._operators = network.operators
         self._packed = packed
         handle = self._library.unetrt_engine_create(network._handle, _address(packed), packed.nbytes, threads)
         _check(self._library, handle is not None)
@@ -184,6 +189,18 @@ class Engine:
 
         Raises NativeError for other shapes, and once closed.
         """
+        return self._run(x, rows, None)
+
+    def profile(
+        self, x: NDArray[np.float32], rows: NDArray[np.float32] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """As run, and what each operator of the program took: seconds [operators]."""
+        seconds = np.empty(self._operators, np.float64)
+        return self._run(x, rows, seconds), seconds
+
+    def _run(
+        self, x: NDArray[np.float32], rows: NDArray[np.float32] | None, seconds: NDArray[np.float64] | None
+    ) -> NDArray[np.float32]:
         taken, made, width = self._shapes
         if x.ndim != 4 or not len(x) or x.shape[1:] != taken or x.dtype != np.float32:
             raise NativeError(f"x is {x.shape} {x.dtype}; expected [B, {', '.join(map(str, taken))}] float32")
@@ -196,13 +213,13 @@ class Engine:
         with self._lock:
             if self._handle is None:
                 raise NativeError("this engine was closed; make another")
-            status = self._library.unetrt_engine_run(
-                self._handle,
-                len(x),
-                _address(given),
-                None if columns is None else _address(columns),
-                _address(out),
-            )
+            arguments = (
+                self._handle, len(x), _address(given), None if columns is None else _address(columns), _address(out)
+            )  # fmt: skip
+            if seconds is None:
+                status = self._library.unetrt_engine_run(*arguments)
+            else:
+                status = self._library.unetrt_engine_profile(*arguments, _address(seconds), seconds.size)
             _check(self._library, status == 0)
         return out
 

@@ -135,6 +135,11 @@ UNETRT_API void unetrt_engine_destroy(unetrt_engine*);
  * the rest of the batch, nor on the number of threads. */
 UNETRT_API int unetrt_engine_run(unetrt_engine*, int batch, const float* x, const float* rows, float* out);
 
+/* The same, and how long each operator of the program took, its threads' waiting for one another included. seconds:
+ * [operators of the program]. */
+UNETRT_API int unetrt_engine_profile(unetrt_engine*, int batch, const float* x, const float* rows, float* out,
+                                     double* seconds, uint64_t operators);
+
 /* Bytes of activations that the largest batch so far took. */
 UNETRT_API uint64_t unetrt_engine_arena_bytes(const unetrt_engine*);
 

@@ -1,5 +1,6 @@
 #include "engine.h"
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 #include <string>
@@ -36,7 +37,7 @@ Floats::Floats(int64_t count) : count_(count) {
 Engine::Engine(std::shared_ptr<const Plan> plan, const float* packed, int threads)
     : plan_(std::move(plan)), packed_(packed), pool_(threads) {}
 
-void Engine::run(int batch, const float* x, const float* rows, float* out) {
+void Engine::run(int batch, const float* x, const float* rows, float* out, double* seconds) {
     if (batch < 1 || batch > kMostBatch) {
         throw Error("the batch is " + std::to_string(batch) + "; expected 1 to " + std::to_string(kMostBatch));
     }
@@ -47,7 +48,10 @@ void Engine::run(int batch, const float* x, const float* rows, float* out) {
     const Bound& bound = find_bound(batch);
     pad_rows(batch, rows);
     request_ = {x, out};
-    pool_.run(bound.tasks, scratch_.data(), scratch_floats_);
+    std::vector<double> times(seconds == nullptr ? 0 : bound.tasks.size());
+    pool_.run(bound.tasks, scratch_.data(), scratch_floats_, seconds == nullptr ? nullptr : times.data());
+    if (seconds != nullptr) std::fill(seconds, seconds + operators(), 0.0);
+    for (size_t i = 0; i < times.size(); ++i) seconds[bound.operators[i]] += times[i];
 }
 
 int64_t Engine::arena_bytes() {

@@ -31,8 +31,10 @@ class Engine {
   public:
     Engine(std::shared_ptr<const Plan> plan, const float* packed, int threads);
 
-    // See unetrt_engine_run; raises Error, or std::bad_alloc where the batch does not fit.
-    void run(int batch, const float* x, const float* rows, float* out);
+    // See unetrt_engine_run and, where seconds is not null, unetrt_engine_profile; raises Error, or std::bad_alloc where
+    // the batch does not fit.
+    void run(int batch, const float* x, const float* rows, float* out, double* seconds);
+    int32_t operators() const { return plan_->operator_count; }
     int64_t arena_bytes();
 
   private:

@@ -205,17 +205,7 @@ UNETRT_INLINE void store_sums(const Vec (&sums)[kTile][kVectors], float* out) {
 
 // exp() where x <= 0, in half the operations: no more than 4.5e-38 wrong below -86, where exp() still falls.
 UNETRT_INLINE Vec exp_of_negative(Vec x) {
-    const Vec clamped = pick(x < -86.0f, splat(-86.0f), x);
-    const Vec magic = splat(12582912.0f);
-    const Vec shifted = clamped * 1.44269504f + magic;
-    const Vec n = shifted - magic;
-    const Vec r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
-    Vec p = splat(1.3888889e-3f);
-    p = p * r + 8.3333333e-3f;
-    p = p * r + 4.1666667e-2f;
-    p = p * r + 1.6666667e-1f;
-    p = p * r + 0.5f;
-    p = p * r * r + r + 1.0f;
+    const auto [p, shifted] = reduce_exp(pick(x < -86.0f, splat(-86.0f), x));
     return p * reinterpret_cast<Vec>((reinterpret_cast<Ints>(shifted) << 23) + 0x3f800000);
 }
 

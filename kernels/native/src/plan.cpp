@@ -23,7 +23,10 @@ class Planner {
     }
 
     Plan make() {
-        for (const unetrt_operator& op : program_.operators) lower(op);
+        for (const unetrt_operator& op : program_.operators) {
+            lower(op);
+            plan_.operators.resize(plan_.steps.size(), plan_.operator_count++);
+        }
         for (PlanMap& map : plan_.maps) {
             const int64_t cells = static_cast<int64_t>(map.height + 2 * map.border) * (map.width + 2 * map.border);
             map.size = cells * pad_channels(map.channels);

@@ -97,6 +97,9 @@ struct Plan {
     int64_t weights;
     std::vector<PlanMap> maps;
     std::vector<Step> steps;
+    // Of the program, for each step.
+    std::vector<int32_t> operators;
+    int32_t operator_count;
     std::vector<PackedVector> vectors;
     std::vector<RowCopy> rows;
     // Floats: of the packed array, of one image's padded rows, of one image's maps.

@@ -1,12 +1,9 @@
 #include "pool.h"
 
-#include <chrono>
-
 namespace unetrt {
 
 namespace {
 
-using Clock = std::chrono::steady_clock;
 constexpr auto kSpin = std::chrono::microseconds(100);
 
 void pause() {
@@ -22,13 +19,13 @@ void pause() {
 template <typename Condition>
 bool Signal::spin(Condition holds) {
     if (holds()) return true;
-    const auto end = Clock::now() + kSpin;
+    const auto end = std::chrono::steady_clock::now() + kSpin;
     do {
         for (int i = 0; i < 16; ++i) {
             pause();
             if (holds()) return true;
         }
-    } while (Clock::now() < end);
+    } while (std::chrono::steady_clock::now() < end);
     return false;
 }
 
@@ -49,18 +46,23 @@ void Pool::stop() {
     for (std::thread& worker : workers_) worker.join();
 }
 
-void Pool::run(const std::vector<Task>& tasks, float* scratch, int64_t scratch_floats) {
+void Pool::run(const std::vector<Task>& tasks, float* scratch, int64_t scratch_floats, double* seconds) {
     if (progress_.size() < tasks.size()) progress_ = std::vector<Progress>(tasks.size());
     for (Progress& progress : progress_) {
         progress.begun = 0;
         progress.done = 0;
     }
-    job_ = {&tasks, scratch, scratch_floats};
+    std::vector<Clock::time_point> ends(seconds == nullptr ? 0 : tasks.size());
+    job_ = {&tasks, scratch, scratch_floats, seconds == nullptr ? nullptr : ends.data()};
+    auto start = Clock::now();
     ++epoch_;
     begun_.notify();
     work(job_, 0);
     ++epoch_;
     left_.wait([this] { return inside_ == 0; });
+    for (size_t t = 0; t < ends.size(); start = ends[t++]) {
+        seconds[t] = std::chrono::duration<double>(ends[t] - start).count();
+    }
 }
 
 void Pool::serve(int thread) {
@@ -86,7 +88,9 @@ void Pool::work(const Job& job, int thread) {
         Progress& progress = progress_[t];
         for (int item = progress.begun++; item < task.items; item = progress.begun++) {
             task.run(item, scratch);
-            if (++progress.done == task.items) advanced_.notify();
+            if (++progress.done < task.items) continue;
+            advanced_.notify();
+            if (job.ends != nullptr) job.ends[t] = Clock::now();
         }
         advanced_.wait([&] { return progress.done == task.items; });
     }

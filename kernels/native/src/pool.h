@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -55,10 +56,13 @@ class Pool {
 
     int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-    // One task after the other, each by all threads; scratch: [threads][scratch_floats]. One call at a time.
-    void run(const std::vector<Task>& tasks, float* scratch, int64_t scratch_floats);
+    // One task after the other, each by all threads; scratch: [threads][scratch_floats]. seconds: [tasks], what each
+    // took, or null. One call at a time.
+    void run(const std::vector<Task>& tasks, float* scratch, int64_t scratch_floats, double* seconds);
 
   private:
+    using Clock = std::chrono::steady_clock;
+
     // Items begun and done of a task, on a cache line of their own.
     struct alignas(64) Progress {
         std::atomic<int> begun{0}, done{0};
@@ -67,6 +71,8 @@ class Pool {
         const std::vector<Task>* tasks;
         float* scratch;
         int64_t scratch_floats;
+        // When each task was done, or null.
+        Clock::time_point* ends;
     };
 
     void stop();

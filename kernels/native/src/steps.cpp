@@ -17,7 +17,10 @@ class Binder {
         : plan_(plan), kernels_(*plan.kernels), batch_(batch), threads_(threads), places_(places) {}
 
     Bound bind() {
-        for (const Step& step : plan_.steps) std::visit([this](const auto& s) { add(s); }, step);
+        for (size_t i = 0; i < plan_.steps.size(); ++i) {
+            std::visit([this](const auto& step) { add(step); }, plan_.steps[i]);
+            bound_.operators.resize(bound_.tasks.size(), plan_.operators[i]);
+        }
         return std::move(bound_);
     }
 

@@ -29,9 +29,10 @@ struct Places {
     const Request* request;
 };
 
-// Segments are what the tasks of convolutions point to.
+// operators: of the program, for each task. Segments are what the tasks of convolutions point to.
 struct Bound {
     std::vector<Task> tasks;
+    std::vector<int32_t> operators;
     std::vector<std::unique_ptr<std::vector<Segment>>> segments;
 };
 

@@ -37,21 +37,29 @@ UNETRT_INLINE float largest(Vec v) {
     return most;
 }
 
-// exp(x) within 2 ulp for x in [-87, 88], 0 below and inf above; NaN stays. Cody-Waite reduction by ln 2 in two parts,
-// then the minimax polynomial of degree 6 on [-ln(2)/2, ln(2)/2].
-UNETRT_INLINE Vec exp(Vec x) {
-    const Vec clamped = larger(smaller(x, splat(88.7228f)), splat(-87.3365f));
-    // Adding 1.5 * 2^23 rounds to an integer, which the sum's low bits then hold.
+// exp(x) = p * 2^n for an integer n; shifted = n + 1.5 * 2^23, whose low bits hold n.
+struct Exponential {
+    Vec p, shifted;
+};
+
+// For x in [-87.3365, 88.7228]: Cody-Waite reduction by ln 2 in two parts, then the minimax polynomial of degree 6 on
+// [-ln(2)/2, ln(2)/2].
+UNETRT_INLINE Exponential reduce_exp(Vec x) {
     const Vec magic = splat(12582912.0f);
-    const Vec shifted = clamped * 1.44269504f + magic;
+    const Vec shifted = x * 1.44269504f + magic;
     const Vec n = shifted - magic;
-    const Vec r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
+    const Vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
     Vec p = splat(1.3888889e-3f);
     p = p * r + 8.3333333e-3f;
     p = p * r + 4.1666667e-2f;
     p = p * r + 1.6666667e-1f;
     p = p * r + 0.5f;
-    p = p * r * r + r + 1.0f;
+    return {p * r * r + r + 1.0f, shifted};
+}
+
+// exp(x) within 2 ulp for x in [-87, 88], 0 below and inf above; NaN stays.
+UNETRT_INLINE Vec exp(Vec x) {
+    const auto [p, shifted] = reduce_exp(larger(smaller(x, splat(88.7228f)), splat(-87.3365f)));
     // 2^n as two factors, because n may be 128.
     const Ints k = reinterpret_cast<Ints>(shifted) - 0x4b400000;
     const Ints half = k >> 1;
