@@ -88,9 +88,11 @@ void Pool::work(const Job& job, int thread) {
         Progress& progress = progress_[t];
         for (int item = progress.begun++; item < task.items; item = progress.begun++) {
             task.run(item, scratch);
+            // Read before others can see that the task is done, so that the times of tasks follow one another.
+            const auto now = job.ends == nullptr ? Clock::time_point{} : Clock::now();
             if (++progress.done < task.items) continue;
             advanced_.notify();
-            if (job.ends != nullptr) job.ends[t] = Clock::now();
+            if (job.ends != nullptr) job.ends[t] = now;
         }
         advanced_.wait([&] { return progress.done == task.items; });
     }
