@@ -37,7 +37,8 @@ def assert_same(config: c.UNetConfig, seed: int = 0) -> None:
     weights = program.gather(unet.state_dict())
     unet = unet.double()
     x, timestep = inputs["x_t"], inputs["timestep"]
-    rows = torch.cat(unet.time(timestep, inputs.get("y")), dim=1)
+    projected = unet.time(timestep, inputs.get("y"))
+    rows = torch.cat(projected, dim=1) if projected else x.new_empty(len(x), 0)
     if "cond" in inputs:
         x = torch.cat([inputs["cond"], x] if config.cond_first else [x, inputs["cond"]], dim=1)
     got, expected = run_program(program.words(), weights, x, rows).output, unet(**inputs)
