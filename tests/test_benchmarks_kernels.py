@@ -380,7 +380,8 @@ def test_what_is_compiled_is_the_norm(monkeypatch):
     """Not compiled here, which takes half a minute."""
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     found, missing = find_providers(torch.device("cpu"), compiles=True)
-    assert "triton (group norm, attention, update)" in [each.variant for each in missing]
+    others = [each.variant for each in missing if not each.variant.startswith("native")]
+    assert others == ["triton (group norm, attention, update)"]
     errors = [largest_error(shape, found[-1], place()) for shape in SMALL]
     assert [error is not None for error in errors] == [True, True, False, False, False, False]
     assert max(error for error in errors if error is not None) <= TOLERANCES["fp32"]
