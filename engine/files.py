@@ -34,6 +34,12 @@ REMEDIES = {
 }
 
 
+def user_cache_folder(name: str) -> Path:
+    """$XDG_CACHE_HOME/unet-rt/NAME, by default in ~/.cache: what may be deleted at any time and is made again."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "unet-rt" / name
+
+
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """An empty temporary file to write: it becomes target when the block ends, or vanishes if it fails.

@@ -10,22 +10,20 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from engine.bundle import FusionReport
 from engine.checkpoint import file_sha256
 from engine.errors import OutputError
-from engine.files import atomic_path, make_folder
+from engine.files import atomic_path, make_folder, user_cache_folder
 
 logger = logging.getLogger(__name__)
 
 
 def plan_cache_folder() -> Path:
     """$XDG_CACHE_HOME/unet-rt/plans, by default in ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "unet-rt" / "plans"
+    return user_cache_folder("plans")
 
 
 def plan_key(onnx: Path, configuration: Mapping[str, object]) -> str:

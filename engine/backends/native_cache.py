@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.errors import BackendError, OutputError
-from engine.files import atomic_path, make_folder
+from engine.files import atomic_path, make_folder, user_cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,7 @@ class Content:
 
 def cache_folder() -> Path:
     """$XDG_CACHE_HOME/unet-rt/native, by default in ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "unet-rt" / "native"
+    return user_cache_folder("native")
 
 
 def load_or_pack(key: Key, packed_bytes: int, pack: Callable[[], Content]) -> Content:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from engine.backends.trt_log import process_log
 from engine.bundle import Bundle, PlanEntry
 from engine.device import no_gpu
 from engine.errors import BackendError
+from engine.files import user_cache_folder
 
 PREFERRED = ("fp16", "bf16", "int8", "fp32")
 """Precisions of plans, the one taken unasked first."""
@@ -177,5 +177,4 @@ def load_library(name: str) -> Library | None:
 
 def cache_folder() -> Path:
     """Where compiled kernels are kept between runs: XDG_CACHE_HOME, or ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "unet-rt" / "runtime"
+    return user_cache_folder("runtime")
