@@ -134,6 +134,7 @@ def test_rows_and_noise_on_the_device(backend):
         slots.enter(slot, sampler.requests(1, sampler.table(steps, "ddpm"), labels=1, seed=steps)[0])
     for _ in range(10):
         slots.step()
+        cuda_device().synchronize()
         assert slots._state.ints.cpu().tolist() == slots._host.ints.tolist()
     seeds = [5, 2**40 + 3]
     keys = torch.tensor([[s & 0xFFFFFFFF, s >> 32] for s in seeds], device="cuda")

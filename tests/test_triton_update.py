@@ -10,9 +10,10 @@ import pytest
 import torch
 from helpers import adm_unet
 from torch import Tensor
+from triton_cases import DEVICE
 
 from engine.config import UNetConfig
-from engine.device import CpuDevice
+from engine.device import CpuDevice, Device, cuda_device
 from engine.fused_update import fused_update
 from engine.noise import INPAINTING, NOISE, normal
 from engine.slot_state import SlotState, allocate_state
@@ -34,8 +35,12 @@ def config(request: Any) -> UNetConfig:
     return adm_unet(channels=CHANNELS, size=(height, width))
 
 
+def device() -> Device:
+    return cuda_device() if DEVICE == "cuda" else CpuDevice()
+
+
 def random_state(config: UNetConfig, seed: int = 0) -> SlotState:
-    state = allocate_state(CpuDevice(), config, SLOTS)
+    state = allocate_state(device(), config, SLOTS)
     make = torch.Generator().manual_seed(seed)
     for values in (state.x_t, state.x0, state.older, state.known):
         values.copy_(torch.randn(values.shape, generator=make))
@@ -59,7 +64,8 @@ def outputs(config: UNetConfig, variance: bool, seed: int = 9) -> tuple[Tensor, 
     make = torch.Generator().manual_seed(seed)
     size = config.image_size
     out = torch.randn(SLOTS, CHANNELS * (2 if variance else 1), *size, generator=make)
-    return out, *(torch.randn(SLOTS, CHANNELS, *size, generator=make) for _ in range(2))
+    grad, raw = (torch.randn(SLOTS, CHANNELS, *size, generator=make).to(DEVICE) for _ in range(2))
+    return out.to(DEVICE), grad, raw
 
 
 def assert_states_equal(ours: SlotState, expected: SlotState) -> None:
@@ -116,8 +122,8 @@ def test_the_quantile_is_exact(config: UNetConfig, percentile: float) -> None:
     out[1] = out[1].round()
     fused_update(state, out, None, None, Variant(extras=True))
     held = np.float64(np.float32(percentile))
-    exact = np.quantile(out.abs().flatten(1).double().numpy(), held, axis=1)
-    np.testing.assert_allclose(state.threshold.numpy(), exact, rtol=1e-7)
+    exact = np.quantile(out.abs().flatten(1).double().cpu().numpy(), held, axis=1)
+    np.testing.assert_allclose(state.threshold.cpu().numpy(), exact, rtol=1e-7)
 
 
 @pytest.mark.parametrize("stream", [NOISE, INPAINTING])
@@ -134,7 +140,7 @@ def test_the_noise_is_the_engines(stream: int) -> None:
     expected = normal(seeds, state.draw.tolist(), (CHANNELS, 32, 32), stream)
     out, _, _ = outputs(config, False)
     fused_update(state, out, None, None, Variant(noise=True, extras=stream == INPAINTING))
-    np.testing.assert_allclose(state.x_t.numpy(), expected, rtol=2e-7, atol=0)
+    np.testing.assert_allclose(state.x_t.cpu().numpy(), expected, rtol=2e-7, atol=0)
 
 
 def test_the_arenas_columns_are_the_kernels() -> None:
