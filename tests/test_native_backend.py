@@ -233,6 +233,7 @@ def test_a_cache_that_cannot_be_written(bundle: Bundle, caplog: pytest.LogCaptur
 
 
 @pytest.mark.skipif(Isa.AVX2 not in instruction_sets(), reason="auto takes it on CPUs with AVX2")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU auto takes eager before it")
 def test_auto_takes_it_and_says_why_not(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
