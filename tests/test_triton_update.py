@@ -12,8 +12,8 @@ from helpers import adm_unet
 from torch import Tensor
 from triton_cases import DEVICE
 
+from benchmarks.device_timing import device_for
 from engine.config import UNetConfig
-from engine.device import CpuDevice, Device, cuda_device
 from engine.fused_update import fused_update
 from engine.noise import INPAINTING, NOISE, normal
 from engine.slot_state import SlotState, allocate_state
@@ -35,12 +35,8 @@ def config(request: Any) -> UNetConfig:
     return adm_unet(channels=CHANNELS, size=(height, width))
 
 
-def device() -> Device:
-    return cuda_device() if DEVICE == "cuda" else CpuDevice()
-
-
 def random_state(config: UNetConfig, seed: int = 0) -> SlotState:
-    state = allocate_state(device(), config, SLOTS)
+    state = allocate_state(device_for(DEVICE == "cuda"), config, SLOTS)
     make = torch.Generator().manual_seed(seed)
     for values in (state.x_t, state.x0, state.older, state.known):
         values.copy_(torch.randn(values.shape, generator=make))
