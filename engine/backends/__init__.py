@@ -79,11 +79,22 @@ def _eager_precisions() -> tuple[str, ...]:
     return ("fp16", "bf16", "fp32") if torch.cuda.is_available() else ("fp32",)
 
 
+def _native_precisions() -> tuple[str, ...]:
+    """bf16 first where the CPU multiplies it."""
+    from kernels.native.library import NativeError, best_isa
+
+    try:
+        best_isa("bf16")
+    except NativeError:
+        return ("fp32",)
+    return ("bf16", "fp32")
+
+
 def _choices() -> tuple[_Choice, ...]:
     """Fastest first, for a machine without a usable plan."""
-    eager = _eager_precisions()
+    eager, native = _eager_precisions(), _native_precisions()
     choices = (
-        _Choice("native", ("fp32",), {"fp32": WEIGHTS_NAME}, _native_reason),
+        _Choice("native", native, dict.fromkeys(native, WEIGHTS_NAME), _native_reason),
         _Choice("ov", ("fp32", "bf16"), {"fp32": ONNX_NAME, "bf16": ONNX_NAME}, _missing("openvino", "cpu")),
         _Choice("ort", ("fp32", "fp16"), {"fp32": ONNX_NAME, "fp16": FP16_ONNX_NAME}, _missing("onnxruntime", "onnx")),
         _Choice("eager", eager, dict.fromkeys(eager, WEIGHTS_NAME), lambda: None),
@@ -98,9 +109,10 @@ def open_backend(
     """Open a bundle's network on the fastest backend that this machine and the bundle support.
 
     name: "auto", "trt" (TensorRT), "native" (this package's CPU engine), "ov" (OpenVINO), "ort" (ONNX Runtime) or
-    "eager" (torch). precision: None takes fp32 for native, ov and ort, fp32 for eager on a CPU and fp16 on CUDA, fp16
-    for trt where the bundle has such a plan. threads: CPU threads, None for all cores. Which one was taken and why is
-    logged. Raises BackendError, MissingPackageError or BundleError.
+    "eager" (torch). precision: None takes bf16 for native where the CPU multiplies it (AMX or AVX-512-bf16) and else
+    fp32, fp32 for ov and ort, fp32 for eager on a CPU and fp16 on CUDA, fp16 for trt where the bundle has such a plan.
+    threads: CPU threads, None for all cores. Which one was taken and why is logged. Raises BackendError,
+    MissingPackageError or BundleError.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     if threads is not None and threads < 1:
@@ -119,7 +131,7 @@ def open_backend(
             if choice.name == "trt":
                 return _open_trt(opened, precision)
             if choice.name == "native":
-                return _open_native(opened, threads)
+                return _open_native(opened, taken, threads)
             return _open(choice.name, opened, taken, choice.needs[taken], threads)
         rejected.append(f"{choice.name}: {reason}")
     raise BackendError("no backend can run this bundle here: " + "; ".join(rejected))
@@ -147,10 +159,10 @@ def _open_trt(bundle: Bundle, precision: str | None) -> Backend:
     return TrtBackend(bundle, precision)
 
 
-def _open_native(bundle: Bundle, threads: int | None) -> Backend:
+def _open_native(bundle: Bundle, precision: str, threads: int | None) -> Backend:
     from engine.backends.native import NativeBackend
 
-    return NativeBackend.open(bundle, threads)
+    return NativeBackend.open(bundle, precision, threads)
 
 
 def _open(name: str, bundle: Bundle, precision: str, artefact: str, threads: int | None) -> Backend:

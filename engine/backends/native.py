@@ -1,4 +1,4 @@
-"""The network on the CPU engine of kernels/native: fp32, no other package needed."""
+"""The network on the CPU engine of kernels/native: fp32 or bf16, no other package needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.backends.native_rows import PREFIX, TimeRows
 from engine.bundle import WEIGHTS_NAME, Bundle, Manifest
 from engine.config import UNetConfig
 from engine.errors import BackendError
-from kernels.native.library import Engine, Isa, NativeError, Network
+from kernels.native.library import Engine, Isa, NativeError, Network, best_isa
 
 _CPUS = Path("/sys/devices/system/cpu")
 
@@ -26,12 +26,12 @@ class NativeBackend:
     """One engine with threads of its own. An image's bits depend on neither its batch nor the number of threads."""
 
     name = "native"
-    precision = "fp32"
 
     def __init__(self, manifest: Manifest, network: Network, content: Content, threads: int | None = None) -> None:
         """threads: None for one on each core that this process may use. Raises BackendError."""
         self.manifest = manifest
         self.device = torch.device("cpu")
+        self.precision = network.isa.precision
         self._rows = TimeRows(manifest.config, content.time)
         try:
             self._engine: Engine | None = Engine(network, content.packed, count_cores() if threads is None else threads)
@@ -39,13 +39,13 @@ class NativeBackend:
             raise BackendError(f"the native engine cannot run this network: {error}") from error
 
     @classmethod
-    def open(cls, bundle: Bundle, threads: int | None = None, isa: Isa | None = None) -> NativeBackend:
+    def open(cls, bundle: Bundle, precision: str = "fp32", threads: int | None = None) -> NativeBackend:
         """A bundle's network; its weights are packed once and then kept in the user's cache folder.
 
-        isa: None for the fastest of this CPU. Raises BackendError or BundleError.
+        precision: "fp32" or "bf16", on the fastest instruction set of this CPU. Raises BackendError or BundleError.
         """
         program = build_program(bundle.manifest.config)
-        network = _make_network(program, isa)
+        network = _make_network(program, _find_isa(precision))
         entry = bundle.manifest.files.get(WEIGHTS_NAME)
         digest = hashlib.sha256(program.words().tobytes()).hexdigest()
         key = Key(entry.sha256 if entry else "", digest, network.isa.name.lower(), FORMAT)
@@ -56,9 +56,12 @@ class NativeBackend:
     def from_weights(
         cls, manifest: Manifest, state: Mapping[str, Tensor], threads: int | None = None, isa: Isa | None = None
     ) -> NativeBackend:
-        """A network without a bundle, its weights those of engine.unet.UNet's state dict. Raises BackendError."""
+        """A network without a bundle, its weights those of engine.unet.UNet's state dict. Raises BackendError.
+
+        isa: None for this CPU's fastest in fp32.
+        """
         program = build_program(manifest.config)
-        network = _make_network(program, isa)
+        network = _make_network(program, _find_isa("fp32") if isa is None else isa)
         return cls(manifest, network, pack_weights(program, network, state), threads)
 
     def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
@@ -104,7 +107,14 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
-def _make_network(program: Program, isa: Isa | None) -> Network:
+def _find_isa(precision: str) -> Isa:
+    try:
+        return best_isa(precision)
+    except NativeError as error:
+        raise BackendError(f"the native backend cannot be used: {error}") from error
+
+
+def _make_network(program: Program, isa: Isa) -> Network:
     try:
         return Network(program.words(), isa)
     except NativeError as error:

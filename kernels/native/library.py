@@ -29,7 +29,7 @@ _POINTER, _BYTES = ctypes.c_void_p, ctypes.c_uint64
 # Name -> result and arguments, as in include/unetrt_native.h.
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "unetrt_last_error": (ctypes.c_char_p, []),
-    "unetrt_best_isa": (ctypes.c_int, []),
+    "unetrt_best_isa": (ctypes.c_int, [ctypes.c_int]),
     "unetrt_network_create": (_POINTER, [_POINTER, _BYTES, ctypes.c_int]),
     "unetrt_network_destroy": (None, [_POINTER]),
     "unetrt_network_packed_bytes": (_BYTES, [_POINTER]),
@@ -50,11 +50,21 @@ class NativeError(RuntimeError):
 
 
 class Isa(IntEnum):
-    """Instruction sets, the slowest first."""
+    """Instruction sets: those for fp32 and then those for bf16, each the slowest first."""
 
     PORTABLE = 0
     AVX2 = 1
     AVX512 = 2
+    AVX512_BF16 = 3
+    AMX_BF16 = 4
+
+    @property
+    def precision(self) -> str:
+        """What maps and the weights of convolutions are kept in; sums, norms and attention are fp32 in both."""
+        return "bf16" if self >= Isa.AVX512_BF16 else "fp32"
+
+
+_PRECISIONS = {"fp32": 0, "bf16": 1}
 
 
 def find_library() -> Path | None:
@@ -75,14 +85,24 @@ def reason_against() -> str | None:
         isa = best_isa()
     except NativeError as error:
         return str(error)
-    if isa is Isa.PORTABLE:
+    if isa == Isa.PORTABLE:
         return "the native engine is fast on x86-64 CPUs with AVX2 only, and this CPU or the compiler lacks that"
     return None
 
 
-def best_isa() -> Isa:
-    """The fastest instruction set of the library and this CPU; raises NativeError without a library."""
-    return Isa(_library().unetrt_best_isa())
+def best_isa(precision: str = "fp32") -> Isa:
+    """The fastest instruction set of the library and this CPU for a precision; raises NativeError without one."""
+    found = _library().unetrt_best_isa(_PRECISIONS[precision])
+    if found < 0:
+        raise NativeError(f"this CPU or library has no instructions for {precision}; take fp32")
+    return Isa(found)
+
+
+def instruction_sets() -> tuple[Isa, ...]:
+    """All of the library and this CPU; raises NativeError without a library."""
+    library = _library()
+    best = {name: library.unetrt_best_isa(number) for name, number in _PRECISIONS.items()}
+    return tuple(isa for isa in Isa if isa <= best[isa.precision])
 
 
 def empty_packed(count: int) -> NDArray[np.uint8]:

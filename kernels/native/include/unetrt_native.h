@@ -29,7 +29,7 @@ extern "C" {
 #endif
 
 #define UNETRT_MAGIC 0x54524e55 /* "UNRT" */
-#define UNETRT_FORMAT 1         /* of programs and of packed weights */
+#define UNETRT_FORMAT 2         /* of programs and of packed weights */
 
 enum unetrt_code {
     /* dst = the network's input, [input channels, height, width]. */
@@ -104,8 +104,17 @@ typedef struct unetrt_operator {
     float scale, eps;
 } unetrt_operator;
 
-/* Instruction sets, the slowest first; a network is packed for one of them. */
-enum unetrt_isa { UNETRT_ISA_PORTABLE = 0, UNETRT_ISA_AVX2 = 1, UNETRT_ISA_AVX512 = 2 };
+/* What maps and the weights of convolutions are kept in; sums, norms and attention are float32 in both. */
+enum unetrt_precision { UNETRT_FP32 = 0, UNETRT_BF16 = 1 };
+
+/* Instruction sets, those for fp32 and then those for bf16, each the slowest first; a network is packed for one. */
+enum unetrt_isa {
+    UNETRT_ISA_PORTABLE = 0,
+    UNETRT_ISA_AVX2 = 1,
+    UNETRT_ISA_AVX512 = 2,
+    UNETRT_ISA_AVX512_BF16 = 3,
+    UNETRT_ISA_AMX_BF16 = 4
+};
 
 typedef struct unetrt_network unetrt_network;
 typedef struct unetrt_engine unetrt_engine;
@@ -113,8 +122,8 @@ typedef struct unetrt_engine unetrt_engine;
 /* What went wrong in the last call of this thread that failed. */
 UNETRT_API const char* unetrt_last_error(void);
 
-/* The fastest instruction set of this library and CPU. */
-UNETRT_API int unetrt_best_isa(void);
+/* The fastest instruction set of this library and CPU for a precision; -1: it has none. */
+UNETRT_API int unetrt_best_isa(int precision);
 
 /* A checked program, for an instruction set that this CPU has. */
 UNETRT_API unetrt_network* unetrt_network_create(const int32_t* words, uint64_t count, int isa);

@@ -51,7 +51,7 @@ extern "C" {
 
 const char* unetrt_last_error(void) { return last_error.c_str(); }
 
-int unetrt_best_isa(void) { return unetrt::best_isa(); }
+int unetrt_best_isa(int precision) { return unetrt::best_isa(precision); }
 
 unetrt_network* unetrt_network_create(const int32_t* words, uint64_t count, int isa) {
     return guard<unetrt_network*>(nullptr, [&] {

@@ -9,22 +9,28 @@
 
 namespace unetrt {
 
-// Channels are kept in blocks of 16, padded with channels of zeros.
-constexpr int kBlock = 16;
+// Of a pixel's channels, 16 float or 32 bfloat16, a block, lie together in a line.
+constexpr int kLineBytes = 64;
+constexpr int kLineFloats = kLineBytes / 4;
 
-// [blocks][height + 2 border][width + 2 border][images][16] floats; the border holds zeros.
+// [blocks][height + 2 border][width + 2 border][images] lines; the border holds zeros, as do channels of the last block
+// that the map lacks. Kernels may read kSlackLines behind a map, and then leave aside what they computed of it.
 struct Map {
-    float* data;
-    int channels, height, width, border, images;
+    void* data;
+    int channels, height, width, border, images, block;
 
-    int blocks() const { return (channels + kBlock - 1) / kBlock; }
-    int64_t row() const { return static_cast<int64_t>(width + 2 * border) * images * kBlock; }
+    int blocks() const { return (channels + block - 1) / block; }
+    // In lines.
+    int64_t row() const { return static_cast<int64_t>(width + 2 * border) * images; }
     int64_t plane() const { return (height + 2 * border) * row(); }
-    // Image 0 of pixel (y, x), which may lie in the border; the other images follow, kBlock floats apart.
-    float* at(int block, int y, int x) const {
-        return data + block * plane() + (y + border) * row() + static_cast<int64_t>(x + border) * images * kBlock;
+    // Image 0 of pixel (y, x), which may lie in the border; the other images follow, a line apart.
+    void* at(int b, int y, int x) const {
+        const int64_t line = b * plane() + (y + border) * row() + static_cast<int64_t>(x + border) * images;
+        return static_cast<char*>(data) + line * kLineBytes;
     }
 };
+
+constexpr int kSlackLines = 32;
 
 // An operand made of one map, or of two whose channels follow one another; count 0: none.
 struct Maps {
@@ -34,10 +40,10 @@ struct Maps {
 
 enum class Activation : int32_t { kIdentity, kSilu, kRelu, kMish, kGelu };
 
-// A run of input channels that one tap of a convolution multiplies. Output pixel (y, x) of image n reads 16 channels at
-// base + block * plane + y * row + (x * images + n) * 16; of the last block only the first `last` are used.
+// A run of input channels that one tap of a convolution multiplies. Output pixel (y, x) of image n reads the line
+// block * plane + y * row + x * images + n from base on; of the last block only the first `last` channels are used.
 struct Segment {
-    const float* base;
+    const void* base;
     int64_t plane, row;
     int32_t blocks, last;
 };
@@ -46,10 +52,11 @@ struct Segment {
 struct ConvArgs {
     const Segment* segments;
     int32_t segment_count;
-    // Panels of 32 (AVX2: 16) output channels: [input channel of each segment][panel width].
+    // Panels of 32 (AVX2: 16) output channels: [input channel of each segment][panel width] floats, or
+    // [block of each segment][16 pairs of channels][panel width][2] bfloat16.
     const float* weights;
     int64_t panel_floats;
-    // [blocks of dst * 16] floats, padded; rows: [images][row_stride] at the operator's first channel, or null.
+    // [padded channels of dst] floats; rows: [images][row_stride] at the operator's first channel, or null.
     const float* bias;
     const float* rows;
     int64_t row_stride;
@@ -72,14 +79,14 @@ struct NormArgs {
     float scale, eps;
     int32_t kind, groups;
     Activation activation;
-    // Of two sources the first has a multiple of 16 channels.
+    // Of two sources the first has whole blocks of channels.
     // [padded channels] floats each; bias may be null.
     const float* weight;
     const float* bias;
     // [images][row_stride]: padded factors, then padded shifts; or null.
     const float* rows;
     int64_t row_stride;
-    // norm_statistics() floats. Group norm: mean and sum of squared deviations of rows, [blocks][height][images][2][16].
+    // norm_statistics() floats. Group norm: mean and sum of squared deviations of rows, [blocks][height][images][2][block].
     // Layer and RMS norm: mean and factor of pixels, [height][images][width][2].
     float* statistics;
 };
@@ -123,7 +130,11 @@ struct PlanarArgs {
 // the next begins. scratch: of the thread, scratch_floats() long.
 struct Kernels {
     const char* name;
-    int32_t panel;
+    // Output channels of a convolution that are computed together, and channels of a line.
+    int32_t panel, block;
+    // Whether maps and the weights of convolutions are bfloat16, whose products are summed in pairs of channels; a panel
+    // then is a block.
+    bool takes_pairs;
 
     int (*conv_items)(const ConvArgs&);
     void (*conv)(const ConvArgs&, int item);
@@ -161,5 +172,7 @@ constexpr int kAttentionPhases = 2;
 const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& avx512_bf16_kernels();
+const Kernels& amx_bf16_kernels();
 
 }  // namespace unetrt

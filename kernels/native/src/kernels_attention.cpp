@@ -12,7 +12,7 @@ int padded_tokens(const AttentionArgs& args) { return round_up(tokens_of(args), 
 int64_t block_floats(const AttentionArgs& args) { return static_cast<int64_t>(padded_tokens(args)) * kBlock; }
 int blocks_of(const AttentionArgs& args) { return divide_up(args.dim, kBlock); }
 
-// Keys of one image and head, then values: [blocks of dim][padded tokens][16] each, zeros where there is none.
+// Keys of one image and head, then values: [blocks of dim][padded tokens][kBlock] each, zeros where there is none.
 int64_t head_floats(const AttentionArgs& args) { return 2 * blocks_of(args) * block_floats(args); }
 float* find_packed(const AttentionArgs& args, int image, int head) {
     return args.workspace + (static_cast<int64_t>(image) * args.heads + head) * head_floats(args);
@@ -26,7 +26,7 @@ void pack_block(const AttentionArgs& args, Part part, int image, int head, int c
     fill_zero(out + tokens * kBlock, static_cast<int64_t>(padded_tokens(args) - tokens) * kBlock);
 }
 
-// Adds a sum over tokens [count][16], so that long sums are sums of short ones.
+// Adds a sum over tokens [count][kBlock], so that long sums are sums of short ones.
 void add_squares(const float* tokens, int count, Vec (&total)[kEach]) {
     for (int v = 0; v < kEach; ++v) {
         Vec squares{};

@@ -7,7 +7,7 @@ namespace unetrt::UNETRT_ISA {
 
 namespace {
 
-// A block of dst whose channels come from blocks of the sources one by one, because the first is no multiple of 16.
+// A block of dst whose channels come from blocks of the sources one by one, because the first ends within one.
 void gather_row(const CopyArgs& args, int block, int y) {
     const Map& dst = args.dst;
     const int first = args.src.part[0].channels;
@@ -16,10 +16,10 @@ void gather_row(const CopyArgs& args, int block, int y) {
         const bool is_second = channel >= first;
         const Map& map = args.src.part[is_second ? 1 : 0];
         const int own = channel - (is_second ? first : 0);
-        float* out = dst.at(block, y, 0) + c;
-        const float* in = channel < dst.channels ? map.at(own / kBlock, y, 0) + own % kBlock : nullptr;
+        Element* out = at(dst, block, y, 0) + c;
+        const Element* in = channel < dst.channels ? at(map, own / kBlock, y, 0) + own % kBlock : nullptr;
         for (int64_t i = 0; i < static_cast<int64_t>(dst.width) * dst.images; ++i) {
-            out[i * kBlock] = in == nullptr ? 0.0f : in[i * kBlock];
+            out[i * kBlock] = in == nullptr ? Element{} : in[i * kBlock];
         }
     }
 }
@@ -28,15 +28,13 @@ void copy_row(const CopyArgs& args, int block, int y) {
     const Map& first = args.src.part[0];
     const bool is_second = block >= first.blocks();
     const Map& map = args.src.part[is_second ? 1 : 0];
-    const float* in = map.at(block - (is_second ? first.blocks() : 0), y, 0);
-    float* out = args.dst.at(block, y, 0);
-    const int64_t count = static_cast<int64_t>(args.dst.width) * args.dst.images * kBlock;
-    for (int64_t i = 0; i < count; i += kLanes) store(out + i, load(in + i));
+    const Element* in = at(map, block - (is_second ? first.blocks() : 0), y, 0);
+    copy_lines(in, static_cast<int64_t>(args.dst.width) * args.dst.images, at(args.dst, block, y, 0));
 }
 
 void add_row(const CopyArgs& args, int block, int y) {
-    const float* add = args.add.at(block, y, 0);
-    float* out = args.dst.at(block, y, 0);
+    const Element* add = at(args.add, block, y, 0);
+    Element* out = at(args.dst, block, y, 0);
     const int64_t count = static_cast<int64_t>(args.dst.width) * args.dst.images * kBlock;
     for (int64_t i = 0; i < count; i += kLanes) store(out + i, (load(out + i) + load(add + i)) * args.scale);
 }
@@ -68,17 +66,15 @@ int split_items(const CopyArgs& args) { return args.dst.blocks(); }
 void split(const CopyArgs& args, int item) {
     const Map &src = args.src.part[0], &dst = args.dst;
     const int blocks = src.blocks(), phase = item / blocks, block = item % blocks;
-    const int64_t cell = static_cast<int64_t>(dst.images) * kBlock;
     for (int y = 0; y < dst.height; ++y)
         for (int x = 0; x < dst.width; ++x) {
             const int in_y = 2 * y + phase / 2, in_x = 2 * x + phase % 2;
-            float* out = dst.at(item, y, x);
+            Element* out = at(dst, item, y, x);
             if (in_y >= src.height || in_x >= src.width) {
-                fill_zero(out, cell);
-                continue;
+                clear_lines(out, dst.images);
+            } else {
+                copy_lines(at(src, block, in_y, in_x), dst.images, out);
             }
-            const float* in = src.at(block, in_y, in_x);
-            for (int64_t i = 0; i < cell; i += kLanes) store(out + i, load(in + i));
         }
     clear_border(dst, item, 0, dst.height);
 }
@@ -93,10 +89,10 @@ void from_planar(const PlanarArgs& args, int item) {
             const int channel = item * kBlock + c;
             const float* in = args.planar + (static_cast<int64_t>(n) * map.channels + channel) * pixels;
             for (int y = 0; y < map.height; ++y) {
-                float* out = map.at(item, y, 0) + n * kBlock + c;
+                Element* out = at(map, item, y, 0) + n * kBlock + c;
                 for (int x = 0; x < map.width; ++x) {
-                    out[static_cast<int64_t>(x) * map.images * kBlock] =
-                        channel < map.channels ? in[static_cast<int64_t>(y) * map.width + x] : 0.0f;
+                    const float value = channel < map.channels ? in[static_cast<int64_t>(y) * map.width + x] : 0.0f;
+                    out[static_cast<int64_t>(x) * map.images * kBlock] = to_element(value);
                 }
             }
         }
@@ -111,9 +107,10 @@ void to_planar(const PlanarArgs& args, int item) {
         for (int c = 0; c < channels; ++c) {
             float* out = args.planar + (static_cast<int64_t>(n) * map.channels + item * kBlock + c) * pixels;
             for (int y = 0; y < map.height; ++y) {
-                const float* in = map.at(item, y, 0) + n * kBlock + c;
+                const Element* in = at(map, item, y, 0) + n * kBlock + c;
                 for (int x = 0; x < map.width; ++x) {
-                    out[static_cast<int64_t>(y) * map.width + x] = in[static_cast<int64_t>(x) * map.images * kBlock];
+                    const Element value = in[static_cast<int64_t>(x) * map.images * kBlock];
+                    out[static_cast<int64_t>(y) * map.width + x] = to_float(value);
                 }
             }
         }

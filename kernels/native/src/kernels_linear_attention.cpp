@@ -20,7 +20,7 @@ constexpr int64_t kChunkFloats = int64_t{kChunk} * kBlock;
 int blocks_of(const AttentionArgs& args) { return divide_up(args.dim, kBlock); }
 int padded_dim(const AttentionArgs& args) { return blocks_of(args) * kBlock; }
 
-// Of a context's block of 16 value channels, [dim][16].
+// Of a context's block of value channels, [dim][kBlock].
 int64_t block_floats(const AttentionArgs& args) { return static_cast<int64_t>(args.dim) * kBlock; }
 int64_t context_floats(const AttentionArgs& args) { return blocks_of(args) * block_floats(args); }
 
@@ -45,7 +45,7 @@ Piece find_piece(const AttentionArgs& args, int index) {
 }
 
 // What phase 0 leaves of one part of a head's tokens: for each key channel the largest key and the sum of
-// exp(k - most), [padded dim] each, and the sums of exp(k - most) v, [blocks of value channels][dim of keys][16].
+// exp(k - most), [padded dim] each, and the sums of exp(k - most) v, [blocks of value channels][dim of keys][kBlock].
 struct Partial {
     float *most, *total, *context;
 };
@@ -87,7 +87,7 @@ void find_largest_keys(const AttentionArgs& args, const Head& head, const Piece&
     }
 }
 
-// Keys of a chunk as weights [blocks of dim][kChunk][16], whose sums are added to those of the piece.
+// Keys of a chunk as weights [blocks of dim][kChunk][kBlock], whose sums are added to those of the piece.
 void load_weights(const AttentionArgs& args, const Head& head, const Piece& piece, int from, int count,
                   const Partial& partial, float* weights) {
     for (int channel = 0; channel < args.dim; channel += kBlock, weights += kChunkFloats) {
@@ -100,9 +100,9 @@ void load_weights(const AttentionArgs& args, const Head& head, const Piece& piec
     }
 }
 
-// context [rows][16] += factor * weights^T values; weights and values [count][16].
+// context [rows][kBlock] += factor * weights^T values; weights and values [count][kBlock].
 void add_products(const float* weights, const float* values, int count, float factor, int rows, float* context) {
-    constexpr int kRows = kLanes == 16 ? 16 : 4;
+    constexpr int kRows = kLanes == 16 ? 16 / kEach : 4;
     for (int r = 0; r < rows; r += kRows) {
         Vec sums[kRows][kEach]{};
         for (int i = 0; i < count; ++i) multiply<1>(weights + i * kBlock + r, values + i * kBlock, sums);
@@ -139,7 +139,7 @@ void make_partial(const AttentionArgs& args, int item, float* weights) {
     }
 }
 
-// Of 16 key channels: their largest keys over all parts, and one over the sums of exp(k - most).
+// Of a block of key channels: their largest keys over all parts, and one over the sums of exp(k - most).
 void merge_totals(const AttentionArgs& args, const Head& head, int channel, Vec (&most)[kEach],
                   Vec (&inverse)[kEach]) {
     for (int v = 0; v < kEach; ++v) {
@@ -157,7 +157,7 @@ void merge_totals(const AttentionArgs& args, const Head& head, int channel, Vec 
     }
 }
 
-// context [blocks of value channels][dim of keys][16]
+// context [blocks of value channels][dim of keys][kBlock]
 void merge_contexts(const AttentionArgs& args, const Head& head, float* context) {
     fill_zero(context, context_floats(args));
     for (int channel = 0; channel < args.dim; channel += kBlock) {

@@ -36,10 +36,10 @@ float* row_statistics(const NormArgs& args, int block, int y, int image) {
     return args.statistics + ((static_cast<int64_t>(block) * args.dst.height + y) * args.dst.images + image) * 2 * kBlock;
 }
 
-void measure_row(const Map& map, const float* pixels, int images, float* statistics) {
+void measure_row(const Map& map, const Element* pixels, int images, float* statistics) {
 #pragma GCC unroll 4
     for (int v = 0; v < kEach; ++v) {
-        const float* p = pixels + v * kLanes;
+        const Element* p = pixels + v * kLanes;
         const Vec first = load(p);
         Vec total{}, squares{};
         for (int x = 0; x < map.width; ++x) {
@@ -61,7 +61,7 @@ void measure(const NormArgs& args, int item) {
     const int to = least(from + rows_a_piece(args.dst), map.height);
     for (int y = from; y < to; ++y)
         for (int n = 0; n < map.images; ++n) {
-            measure_row(map, map.at(own, y, 0) + n * kBlock, map.images, row_statistics(args, block, y, n));
+            measure_row(map, at(map, own, y, 0) + n * kBlock, map.images, row_statistics(args, block, y, n));
         }
 }
 
@@ -96,7 +96,7 @@ void find_merged(const NormArgs& args, int block, int image, Block& merged) {
     merged.index = block;
 }
 
-// What y = (x - mean) * factor + shift needs for the 16 channels of a block and one image.
+// What y = (x - mean) * factor + shift needs for the channels of a block and one image.
 struct Affine {
     alignas(64) float mean[kBlock], factor[kBlock], shift[kBlock];
 };
@@ -153,10 +153,10 @@ void make_affine(const NormArgs& args, int block, int image, Affine& affine) {
     }
 }
 
-// 16 channels of one pixel; add may be null.
+// A line; add may be null.
 template <Activation kActivation>
-UNETRT_INLINE void apply_to_pixel(const float* x, const float* add, float scale, const Vec* mean, const Vec* factor,
-                                  const Vec* shift, float* y) {
+UNETRT_INLINE void apply_to_pixel(const Element* x, const Element* add, float scale, const Vec* mean, const Vec* factor,
+                                  const Vec* shift, Element* y) {
 #pragma GCC unroll 4
     for (int v = 0; v < kEach; ++v) {
         Vec value = activate<kActivation>((load(x + v * kLanes) - mean[v]) * factor[v] + shift[v]);
@@ -181,9 +181,9 @@ void apply_by_channel(const NormArgs& args, int block, int from, int to) {
             shift[v] = load(affine.shift + v * kLanes);
         }
         for (int y = from; y < to; ++y) {
-            const float* in = map.at(own, y, 0) + n * kBlock;
-            const float* add = args.add.data == nullptr ? nullptr : args.add.at(block, y, 0) + n * kBlock;
-            float* out = args.dst.at(block, y, 0) + n * kBlock;
+            const Element* in = at(map, own, y, 0) + n * kBlock;
+            const Element* add = args.add.data == nullptr ? nullptr : at(args.add, block, y, 0) + n * kBlock;
+            Element* out = at(args.dst, block, y, 0) + n * kBlock;
             for (int x = 0; x < map.width; ++x, in += step, out += step) {
                 apply_to_pixel<kActivation>(in, add, args.scale, mean, factor, shift, out);
                 add += add == nullptr ? 0 : step;
@@ -198,16 +198,18 @@ void normalise_pixel(const NormArgs& args, int y, int x, int image, float& mean,
     float total = 0;
     for (int b = 0; args.kind == kLayer && b < blocks; ++b) {
         int own = b;
-        const float* p = find_block(args.src, own).at(own, y, x) + image * kBlock;
+        const Map& map = find_block(args.src, own);
+        const Element* p = at(map, own, y, x) + image * kBlock;
         for (int v = 0; v < kEach; ++v) total += sum(load(p + v * kLanes));
     }
     mean = total / static_cast<float>(channels);
     float squares = 0;
     for (int b = 0; b < blocks; ++b) {
         int own = b;
-        const float* p = find_block(args.src, own).at(own, y, x) + image * kBlock;
+        const Map& map = find_block(args.src, own);
+        const Element* p = at(map, own, y, x) + image * kBlock;
         const int used = least(channels - b * kBlock, kBlock);
-        for (int i = 0; i < used; ++i) squares += (p[i] - mean) * (p[i] - mean);
+        for (int i = 0; i < used; ++i) squares += (to_float(p[i]) - mean) * (to_float(p[i]) - mean);
     }
     if (args.kind == kRms) {
         const float length = sqrtf(squares);
@@ -240,9 +242,9 @@ void apply_by_pixel(const NormArgs& args, int from, int to) {
                         factor[v] = load(affine.factor + v * kLanes) * kept[2 * x + 1];
                         shift[v] = load(affine.shift + v * kLanes);
                     }
-                    const float* add = args.add.data == nullptr ? nullptr : args.add.at(b, y, x) + n * kBlock;
-                    apply_to_pixel<kActivation>(map.at(own, y, x) + n * kBlock, add, args.scale, mean, factor, shift,
-                                                args.dst.at(b, y, x) + n * kBlock);
+                    const Element* add = args.add.data == nullptr ? nullptr : at(args.add, b, y, x) + n * kBlock;
+                    apply_to_pixel<kActivation>(at(map, own, y, x) + n * kBlock, add, args.scale, mean, factor, shift,
+                                                at(args.dst, b, y, x) + n * kBlock);
                 }
             }
         }

@@ -48,8 +48,8 @@ Taps find_taps(const ResampleArgs& args, int i, int size) {
 
 // A row of one block of dst and of what is added to it (null: nothing).
 struct Row {
-    float* out;
-    const float* add;
+    Element* out;
+    const Element* add;
     float scale;
 
     void finish(int64_t i, Vec value) const {
@@ -58,15 +58,15 @@ struct Row {
 };
 
 Row find_row(const ResampleArgs& args, int block, int y) {
-    return {args.dst.at(block, y, 0), args.add.data == nullptr ? nullptr : args.add.at(block, y, 0), args.scale};
+    return {at(args.dst, block, y, 0), args.add.data == nullptr ? nullptr : at(args.add, block, y, 0), args.scale};
 }
 
 // Pixels [from, from + count) of a row of dst; columns: their taps, in: the source's block.
-void sum_taps(const Row& row, const Map& src, const float* in, const Taps& rows, const Taps* columns, int from,
+void sum_taps(const Row& row, const Map& src, const Element* in, const Taps& rows, const Taps* columns, int from,
               int count) {
     const int64_t cell = static_cast<int64_t>(src.images) * kBlock;
-    const float* lines[4];
-    for (int r = 0; r < rows.count; ++r) lines[r] = in + rows.place[r] * src.row();
+    const Element* lines[4];
+    for (int r = 0; r < rows.count; ++r) lines[r] = in + rows.place[r] * row_of(src);
     for (int x = 0; x < count; ++x) {
         const Taps& taps = columns[x];
         for (int64_t i = 0; i < cell; i += kLanes) {
@@ -82,7 +82,7 @@ void sum_taps(const Row& row, const Map& src, const float* in, const Taps& rows,
 
 void resample_rows(const ResampleArgs& args, int block, int from, int to) {
     constexpr int kColumns = 32;
-    const float* in = args.src.at(block, 0, 0);
+    const Element* in = at(args.src, block, 0, 0);
     for (int x = 0; x < args.dst.width; x += kColumns) {
         Taps columns[kColumns];
         const int count = least(kColumns, args.dst.width - x);
@@ -94,19 +94,19 @@ void resample_rows(const ResampleArgs& args, int block, int from, int to) {
     }
 }
 
-// Of the 16 channels of dst 4 of src's each give a 2 x 2 patch.
+// Of a block of dst a quarter of src's channels each give a 2 x 2 patch.
 void rearrange_row(const ResampleArgs& args, int block, int y) {
     const int64_t cell = static_cast<int64_t>(args.dst.images) * kBlock;
-    const float* top = args.src.at(block / 4, 2 * y, 0) + block % 4 * 4;
-    const float* bottom = args.src.at(block / 4, 2 * y + 1, 0) + block % 4 * 4;
+    const Element* top = at(args.src, block / 4, 2 * y, 0) + block % 4 * (kBlock / 4);
+    const Element* bottom = at(args.src, block / 4, 2 * y + 1, 0) + block % 4 * (kBlock / 4);
     const Row row = find_row(args, block, y);
     for (int x = 0; x < args.dst.width; ++x) {
-        const float* patch[4] = {top + 2 * x * cell, top + (2 * x + 1) * cell, bottom + 2 * x * cell,
+        const Element* patch[4] = {top + 2 * x * cell, top + (2 * x + 1) * cell, bottom + 2 * x * cell,
                                  bottom + (2 * x + 1) * cell};
         for (int64_t i = 0; i < cell; i += kLanes) {
             const int64_t in = i - i % kBlock + i % kBlock / 4;
             Vec value;
-            for (int lane = 0; lane < kLanes; ++lane) value[lane] = patch[lane % 4][in + lane / 4];
+            for (int lane = 0; lane < kLanes; ++lane) value[lane] = to_float(patch[lane % 4][in + lane / 4]);
             row.finish(x * cell + i, value);
         }
     }

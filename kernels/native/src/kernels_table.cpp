@@ -4,6 +4,7 @@
 #include "kernels_linear_attention.h"
 #include "kernels_norm.h"
 #include "kernels_resample.h"
+#include "vec.h"
 
 #define UNETRT_TEXT_OF(isa) #isa
 #define UNETRT_TEXT(isa) UNETRT_TEXT_OF(isa)
@@ -15,7 +16,7 @@ namespace unetrt {
 const Kernels& UNETRT_TABLE(UNETRT_ISA)() {
     using namespace UNETRT_ISA;
     static constexpr Kernels table = {
-        UNETRT_TEXT(UNETRT_ISA), kPanel,
+        UNETRT_TEXT(UNETRT_ISA), kPanel, kBlock, sizeof(Element) == 2,
         conv_items, conv,
         norm_statistics, norm_items, norm,
         attention_workspace, attention_scratch, attention_items, attention,

@@ -66,7 +66,7 @@ static inline void transpose(const float* in, int rows, int columns, float* out)
 UNETRT_INLINE int pixels_of(const Map& map) { return map.height * map.width; }
 UNETRT_INLINE int round_up(int a, int b) { return divide_up(a, b) * b; }
 
-// Channels [channel, channel + count) of an image, at most 16.
+// Channels [channel, channel + count) of an image, at most a block.
 struct Channels {
     const Map& map;
     int image, channel, count;
@@ -74,11 +74,11 @@ struct Channels {
     bool is_block() const { return channel % kBlock == 0 && count == kBlock; }
 };
 
-UNETRT_INLINE float* find(const Channels& from, int channel, int y, int x) {
-    return from.map.at(channel / kBlock, y, x) + from.image * kBlock + channel % kBlock;
+UNETRT_INLINE Element* find(const Channels& from, int channel, int y, int x) {
+    return at(from.map, channel / kBlock, y, x) + from.image * kBlock + channel % kBlock;
 }
 
-// Pixels [first, first + count) in out [count][16], with zeros where there are fewer channels.
+// Pixels [first, first + count) in out [count][kBlock], with zeros where there are fewer channels.
 static inline void gather(const Channels& from, int first, int count, float* out) {
     const int width = from.map.width;
     const int64_t step = static_cast<int64_t>(from.map.images) * kBlock;
@@ -86,15 +86,15 @@ static inline void gather(const Channels& from, int first, int count, float* out
         const int y = first / width, x = first % width;
         run = least(width - x, count);
         if (from.is_block()) {
-            const float* in = find(from, from.channel, y, x);
+            const Element* in = find(from, from.channel, y, x);
             for (int i = 0; i < run; ++i)
                 for (int v = 0; v < kBlock; v += kLanes) store(out + i * kBlock + v, load(in + i * step + v));
             continue;
         }
         fill_zero(out, static_cast<int64_t>(run) * kBlock);
         for (int c = 0; c < from.count; ++c) {
-            const float* in = find(from, from.channel + c, y, x);
-            for (int i = 0; i < run; ++i) out[i * kBlock + c] = in[i * step];
+            const Element* in = find(from, from.channel + c, y, x);
+            for (int i = 0; i < run; ++i) out[i * kBlock + c] = to_float(in[i * step]);
         }
     }
 }
@@ -107,27 +107,27 @@ static inline void scatter(const float* in, int first, int count, const Channels
         const int y = first / width, x = first % width;
         run = least(width - x, count);
         if (to.is_block()) {
-            float* out = find(to, to.channel, y, x);
+            Element* out = find(to, to.channel, y, x);
             for (int i = 0; i < run; ++i)
                 for (int v = 0; v < kBlock; v += kLanes) store(out + i * step + v, load(in + i * kBlock + v));
             continue;
         }
         for (int c = 0; c < to.count; ++c) {
-            float* out = find(to, to.channel + c, y, x);
-            for (int i = 0; i < run; ++i) out[i * step] = in[i * kBlock + c];
+            Element* out = find(to, to.channel + c, y, x);
+            for (int i = 0; i < run; ++i) out[i * step] = to_element(in[i * kBlock + c]);
         }
     }
 }
 
 enum Part { kQueries, kKeys, kValues };
 
-// 16 channels from `channel` on, fewer at its end, of a head's queries, keys or values.
+// A block of channels from `channel` on, fewer at its end, of a head's queries, keys or values.
 UNETRT_INLINE Channels channels_of(const AttentionArgs& args, Part part, int image, int head, int channel) {
     const int first = (part * args.heads + head) * args.dim;
     return {args.qkv, image, first + channel, least(kBlock, args.dim - channel)};
 }
 
-// Learned tokens [first, first + count) of a head's keys or values in out [count][16], channels as above.
+// Learned tokens [first, first + count) of a head's keys or values in out [count][kBlock], channels as above.
 static inline void gather_learned(const AttentionArgs& args, Part part, int head, int channel, int first, int count,
                                   float* out) {
     const int used = least(kBlock, args.dim - channel);
@@ -237,7 +237,7 @@ static inline void exponentiate(float* columns, int count, const Vec (&most)[kVe
 constexpr int kDepth = 128;
 
 // out [padded dim][kVectors * kLanes] (+)= values^T weights; weights [count][kVectors * kLanes], values [blocks of dim]
-// [block / 16][16].
+// [block / kBlock][kBlock].
 template <int kVectors>
 static inline void weigh(const float* weights, int count, const float* values, int64_t block, int dim, bool adds,
                          float* out) {

@@ -1,6 +1,7 @@
 #include "pack.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace unetrt {
 
@@ -21,13 +22,36 @@ void pack_panel(const ConvStep& step, const float* weights, int32_t first, int32
             }
 }
 
-void pack_conv(const ConvStep& step, int32_t panel, const float* weights, float* packed) {
-    int64_t inputs = 0;
-    for (const Tap& tap : step.taps) inputs += tap.channels;
-    const int32_t padded = pad_channels(step.out_channels);
-    for (int32_t first = 0; first < padded; first += panel) {
-        const int32_t width = std::min(panel, padded - first);
-        pack_panel(step, weights, first, width, packed + step.weights + first * inputs);
+// Rounded to the nearest bfloat16, ties to even.
+uint16_t round_to_bf16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// The same in bfloat16: a row for each pair of input channels, the last block of each tap filled up with zeros.
+void pack_pairs(const ConvStep& step, const float* weights, int32_t first, int32_t width, int32_t block,
+                uint16_t* panel) {
+    for (const Tap& tap : step.taps)
+        for (int32_t c = 0; c < round_up(tap.channels, block); c += 2)
+            for (int32_t o = first; o < first + width; ++o)
+                for (int32_t i = c; i < c + 2; ++i) {
+                    const bool is_there = o < step.out_channels && i < tap.channels;
+                    *panel++ = is_there ? round_to_bf16(sum_places(tap.weights, weights, o, i)) : uint16_t{0};
+                }
+}
+
+void pack_conv(const ConvStep& step, const Kernels& kernels, const float* weights, float* packed) {
+    const int32_t padded = round_up(step.out_channels, kernels.block);
+    float* panel = packed + step.weights;
+    for (int32_t first = 0; first < padded; first += kernels.panel, panel += step.panel_floats) {
+        const int32_t width = std::min(kernels.panel, padded - first);
+        if (kernels.takes_pairs) {
+            pack_pairs(step, weights, first, width, kernels.block, reinterpret_cast<uint16_t*>(panel));
+        } else {
+            pack_panel(step, weights, first, width, panel);
+        }
     }
 }
 
@@ -36,7 +60,7 @@ void pack_conv(const ConvStep& step, int32_t panel, const float* weights, float*
 void pack_weights(const Plan& plan, const float* weights, float* packed) {
     std::fill(packed, packed + plan.packed, 0.0f);
     for (const Step& step : plan.steps) {
-        if (const auto* conv = std::get_if<ConvStep>(&step)) pack_conv(*conv, plan.kernels->panel, weights, packed);
+        if (const auto* conv = std::get_if<ConvStep>(&step)) pack_conv(*conv, *plan.kernels, weights, packed);
     }
     for (const PackedVector& vector : plan.vectors) {
         for (int32_t i = 0; vector.place != -1 && i < vector.count; ++i) {

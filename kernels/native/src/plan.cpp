@@ -13,7 +13,7 @@ int32_t halve_down(int32_t value) { return value >= 0 ? value / 2 : (value - 1) 
 
 class Planner {
   public:
-    Planner(const Program& program, const Kernels& kernels) : program_(program) {
+    Planner(const Program& program, const Kernels& kernels) : program_(program), kernels_(kernels) {
         plan_.kernels = &kernels;
         plan_.in_channels = program.in_channels;
         plan_.out_channels = program.out_channels;
@@ -29,7 +29,7 @@ class Planner {
         }
         for (PlanMap& map : plan_.maps) {
             const int64_t cells = static_cast<int64_t>(map.height + 2 * map.border) * (map.width + 2 * map.border);
-            map.size = cells * pad_channels(map.channels);
+            map.size = cells * blocks(map.channels);
         }
         plan_.arena = place_maps(plan_.maps);
         return std::move(plan_);
@@ -50,6 +50,9 @@ class Planner {
         }
     }
 
+    int32_t pad_channels(int32_t channels) const { return round_up(channels, kernels_.block); }
+    int32_t blocks(int32_t channels) const { return pad_channels(channels) / kernels_.block; }
+
     PlanMap& map(int32_t index) { return plan_.maps[static_cast<size_t>(index)]; }
 
     void read(int32_t index) {
@@ -69,7 +72,7 @@ class Planner {
 
     int64_t reserve(int64_t floats) {
         const int64_t place = plan_.packed;
-        plan_.packed += (floats + kBlock - 1) / kBlock * kBlock;
+        plan_.packed += (floats + kLineFloats - 1) / kLineFloats * kLineFloats;
         return place;
     }
 
@@ -109,7 +112,7 @@ class Planner {
 
     // Both sources as one map, unless the kernels can read them as two.
     void join_uneven(int32_t (&sources)[2]) {
-        if (sources[1] == -1 || map(sources[0]).channels % kBlock == 0) return;
+        if (sources[1] == -1 || map(sources[0]).channels % kernels_.block == 0) return;
         const PlanMap first = map(sources[0]);
         const int32_t joined = new_map(first.channels + map(sources[1]).channels, first.height, first.width);
         add_copy({{sources[0], sources[1]}, joined, -1, 1.0f, false});
@@ -237,7 +240,7 @@ class Planner {
                 const int32_t phase = 2 * (y & 1) + (x & 1);
                 const TapWeights weights{
                     {op.weight + static_cast<int64_t>(first) * k * k + i, 0, 0, 0}, 1, static_cast<int64_t>(in) * k * k, k * k};
-                step.taps.push_back({phases, phase * padded / kBlock, shape.channels, halve_down(y), halve_down(x), weights});
+                step.taps.push_back({phases, phase * padded / kernels_.block, shape.channels, halve_down(y), halve_down(x), weights});
             }
         }
     }
@@ -269,20 +272,25 @@ class Planner {
 
     void add_conv(ConvStep step) {
         int64_t inputs = 0;
+        int32_t most = 0;
         for (const Tap& tap : step.taps) {
-            PlanMap& source = map(tap.map);
+            const PlanMap& source = map(tap.map);
             read(tap.map);
-            const int32_t most = std::max(reach(tap.dy, step.height, source.height), reach(tap.dx, step.width, source.width));
-            source.border = std::max(source.border, most);
-            inputs += tap.channels;
+            most = std::max({most, reach(tap.dy, step.height, source.height), reach(tap.dx, step.width, source.width)});
+            inputs += kernels_.takes_pairs ? pad_channels(tap.channels) : tap.channels;
         }
+        // One border for all, so that rows of all sources are as far apart.
+        for (const Tap& tap : step.taps) map(tap.map).border = std::max(map(tap.map).border, most);
         read(step.add);
         write(step.dst);
-        step.weights = reserve(inputs * pad_channels(step.out_channels));
+        const int64_t halves = kernels_.takes_pairs ? 1 : 2;
+        step.panel_floats = inputs * kernels_.panel * halves / 2;
+        step.weights = reserve(inputs * pad_channels(step.out_channels) * halves / 2);
         plan_.steps.push_back(std::move(step));
     }
 
     const Program& program_;
+    const Kernels& kernels_;
     Plan plan_{};
 };
 

@@ -13,7 +13,7 @@ namespace unetrt {
 
 struct PlanMap {
     int32_t channels, height, width, border;
-    // First float in the arena, and floats, of one image.
+    // First line in the arena, and lines, of one image.
     int64_t offset, size;
     // The steps that write it and that read it last.
     int32_t first, last;
@@ -50,6 +50,7 @@ struct ConvStep {
     bool clears_border;
     // In the packed array and in the padded rows; row -1: none.
     int64_t weights, bias, row;
+    int64_t panel_floats;
 };
 
 struct NormStep {
@@ -102,14 +103,13 @@ struct Plan {
     int32_t operator_count;
     std::vector<PackedVector> vectors;
     std::vector<RowCopy> rows;
-    // Floats: of the packed array, of one image's padded rows, of one image's maps.
+    // Floats of the packed array and of one image's padded rows; lines of one image's maps.
     int64_t packed, padded_rows, arena;
 };
 
 Plan make_plan(const Program& program, const Kernels& kernels);
 
-// Blocks of 16 channels times 16.
-inline int32_t pad_channels(int32_t channels) { return (channels + kBlock - 1) / kBlock * kBlock; }
+inline int32_t round_up(int32_t value, int32_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Places of all maps in an arena, maps that are never needed together sharing one; sets offsets, returns its size.
 int64_t place_maps(std::vector<PlanMap>& maps);

@@ -37,15 +37,15 @@ class Binder {
                 scratch_ = std::max(scratch_, scratch(args));
             }
         }
-        return {plan_.arena * batch_, plan_.padded_rows * batch_, shared_, scratch_};
+        return {(plan_.arena * batch_ + kSlackLines) * kLineFloats, plan_.padded_rows * batch_, shared_, scratch_};
     }
 
   private:
     Map map(int32_t index) const {
         if (index == -1) return Map{};
         const PlanMap& m = plan_.maps[static_cast<size_t>(index)];
-        float* data = places_.maps == nullptr ? nullptr : places_.maps + m.offset * batch_;
-        return {data, m.channels, m.height, m.width, m.border, batch_};
+        float* data = places_.maps == nullptr ? nullptr : places_.maps + m.offset * batch_ * kLineFloats;
+        return {data, m.channels, m.height, m.width, m.border, batch_, kernels_.block};
     }
 
     Maps maps(const int32_t (&indices)[2]) const {
@@ -70,8 +70,8 @@ class Binder {
         auto segments = std::make_unique<std::vector<Segment>>();
         for (const Tap& tap : step.taps) {
             const Map source = map(tap.map);
-            const int32_t blocks = pad_channels(tap.channels) / kBlock;
-            const int32_t last = tap.channels - (blocks - 1) * kBlock;
+            const int32_t blocks = round_up(tap.channels, kernels_.block) / kernels_.block;
+            const int32_t last = tap.channels - (blocks - 1) * kernels_.block;
             segments->push_back({source.at(tap.block, tap.dy, tap.dx), source.plane(), source.row(), blocks, last});
         }
         bound_.segments.push_back(std::move(segments));
@@ -85,7 +85,7 @@ class Binder {
         for (const Tap& tap : step.taps) {
             if (!sources.insert(tap.map).second) continue;
             const Map source = map(tap.map);
-            row_bytes += source.row() * source.blocks() * static_cast<int64_t>(sizeof(float));
+            row_bytes += source.row() * source.blocks() * kLineBytes;
         }
         const int64_t most = std::max<int64_t>(1, kPieceBytes / row_bytes - 2);
         const int32_t by_cache = static_cast<int32_t>((step.height + most - 1) / most);
@@ -96,13 +96,11 @@ class Binder {
 
     void add(const ConvStep& step) {
         const std::vector<Segment>& segments = add_segments(step);
-        int64_t inputs = 0;
-        for (const Tap& tap : step.taps) inputs += tap.channels;
         ConvArgs args{};
         args.segments = segments.data();
         args.segment_count = static_cast<int32_t>(segments.size());
         args.weights = packed(step.weights);
-        args.panel_floats = inputs * kernels_.panel;
+        args.panel_floats = step.panel_floats;
         args.bias = packed(step.bias);
         args.rows = rows(step.row);
         args.row_stride = plan_.padded_rows;
@@ -114,7 +112,7 @@ class Binder {
         args.x0 = step.x0;
         args.add = map(step.add);
         args.scale = step.scale;
-        args.panels = (pad_channels(step.out_channels) + kernels_.panel - 1) / kernels_.panel;
+        args.panels = round_up(step.out_channels, kernels_.panel) / kernels_.panel;
         args.piece_rows = choose_piece_rows(step, args.panels);
         args.clears_border = step.clears_border;
         add_task(kernels_.conv_items(args), kernels_.conv, args);

@@ -1,7 +1,12 @@
-// Vectors of floats by the compiler's vector extensions: the same source for every instruction set.
+// Vectors of floats by the compiler's vector extensions: the same source for every instruction set. What maps hold is an
+// Element: a float, or a bfloat16 that is a float in registers.
 #pragma once
 
 #include <cstdint>
+
+#ifdef UNETRT_ELEMENT_BF16
+#include <immintrin.h>
+#endif
 
 #ifndef UNETRT_ISA
 #error "kernels are compiled with UNETRT_ISA (a namespace) and UNETRT_LANES (floats a register)"
@@ -20,6 +25,36 @@ typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 UNETRT_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
 UNETRT_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
 // x - 0 is x, also for -0, which the compiler knows.
+#ifdef UNETRT_ELEMENT_BF16
+struct Element {
+    uint16_t bits;
+};
+UNETRT_INLINE Vec load(const Element* p) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+    return reinterpret_cast<Vec>(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Ints) << 16);
+}
+// Rounded to the nearest, ties to even.
+UNETRT_INLINE void store(Element* p, Vec v) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(rounded));
+}
+UNETRT_INLINE float to_float(Element x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+}
+UNETRT_INLINE Element to_element(float x) {
+    const __m128bh rounded = _mm_cvtneps_pbh(_mm_set_ss(x));
+    return {static_cast<uint16_t>(_mm_extract_epi16(reinterpret_cast<__m128i>(rounded), 0))};
+}
+#else
+using Element = float;
+UNETRT_INLINE float to_float(Element x) { return x; }
+UNETRT_INLINE Element to_element(float x) { return x; }
+#endif
+// Channels of a line.
+constexpr int kBlock = 64 / sizeof(Element);
 UNETRT_INLINE Vec splat(float x) { return x - Vec{}; }
 UNETRT_INLINE Vec pick(Ints mask, Vec a, Vec b) { return mask ? a : b; }
 UNETRT_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }

@@ -158,7 +158,7 @@ void scale_queries(const Case& c, const OwnedMap& qkv) {
     for (int n = 0; n < c.images; ++n)
         for (int i = 0; i < c.heads * c.dim; ++i)
             for (int y = 0; y < c.height; ++y)
-                for (int x = 0; x < c.width; ++x) qkv.at(n, i, y, x) /= std::sqrt(static_cast<float>(c.dim));
+                for (int x = 0; x < c.width; ++x) qkv.at(n, i, y, x) *= 1 / std::sqrt(static_cast<float>(c.dim));
 }
 
 int check(const Case& c) {
@@ -186,7 +186,7 @@ int check(const Case& c) {
     const OwnedMap one_dst({out.channels, out.height, out.width, out.border, 1}, kUnwritten);
     for (int channel = 0; channel < in.channels; ++channel)
         for (int y = 0; y < c.height; ++y)
-            for (int x = 0; x < c.width; ++x) one_qkv.at(0, channel, y, x) = qkv.at(last, channel, y, x);
+            for (int x = 0; x < c.width; ++x) one_qkv.at(0, channel, y, x) = static_cast<float>(qkv.at(last, channel, y, x));
     args.qkv = one_qkv.map();
     args.dst = one_dst.map();
     run(c, args, true);

@@ -194,7 +194,8 @@ void check_isa(const Fixture& fixture, int isa) {
         expect(std::memcmp(alone.data(), got, alone.size() * sizeof(float)) == 0, "an image has the same bits alone");
     }
     std::printf("instruction set %d: largest error %.2g\n", isa, worst);
-    expect(worst < 1e-4, "the outputs are those of plain loops");
+    // Ten roundings of 2^-8 behind one another, of values that the norms keep at about 1.
+    expect(worst < (isa < UNETRT_ISA_AVX512_BF16 ? 1e-4 : 1e-1), "the outputs are those of plain loops");
 
     // Callers at once, with batches of their own, on the same engine.
     std::vector<std::thread> callers;
@@ -217,6 +218,6 @@ void check_isa(const Fixture& fixture, int isa) {
 
 int main() {
     const unetrt::check::Fixture fixture;
-    for (int isa = 0; isa <= unetrt_best_isa(); ++isa) unetrt::check::check_isa(fixture, isa);
+    for (const int isa : unetrt::check::instruction_sets()) unetrt::check::check_isa(fixture, isa);
     return unetrt::check::failures == 0 ? 0 : 1;
 }

@@ -21,6 +21,8 @@ inline bool has_instruction_set() {
     const char* name = UNETRT_NAME(UNETRT_ISA);
 #if defined(__x86_64__)
     if (std::strcmp(name, "avx512") == 0) return __builtin_cpu_supports("avx512f") != 0;
+    // AMX's own operations are those of convolutions, which these checks do not call.
+    if (std::strstr(name, "bf16") != nullptr) return __builtin_cpu_supports("avx512bf16") != 0;
     if (std::strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") != 0;
 #endif
     return std::strcmp(name, "portable") == 0;
@@ -44,20 +46,54 @@ struct Shape {
     int channels, height, width, border, images;
 };
 
+#ifdef UNETRT_ELEMENT_BF16
+using Stored = uint16_t;
+#else
+using Stored = float;
+#endif
+constexpr int kBlock = kLineBytes / sizeof(Stored);
+
+// One value of a map, as a float.
+class Cell {
+  public:
+    explicit Cell(Stored* place) : place_(place) {}
+    Cell(const Cell&) = default;
+    operator float() const {
+        uint32_t bits = 0;
+        // bfloat16 is the upper half of a float.
+        std::memcpy(reinterpret_cast<char*>(&bits) + sizeof bits - sizeof(Stored), place_, sizeof(Stored));
+        float value;
+        std::memcpy(&value, &bits, sizeof value);
+        return value;
+    }
+    Cell& operator=(float value) {
+        uint32_t bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        if (sizeof(Stored) == 2 && value == value) bits += 0x7fff + (bits >> 16 & 1);
+        std::memcpy(place_, reinterpret_cast<const char*>(&bits) + sizeof bits - sizeof(Stored), sizeof(Stored));
+        return *this;
+    }
+    Cell& operator=(const Cell&) = delete;
+    Cell& operator*=(float factor) { return *this = *this * factor; }
+
+  private:
+    Stored* place_;
+};
+
 class OwnedMap {
   public:
     OwnedMap(const Shape& shape, float fill)
-        : map_{nullptr, shape.channels, shape.height, shape.width, shape.border, shape.images},
-          floats_(static_cast<size_t>(map_.blocks() * map_.plane()), fill) {
-        map_.data = floats_.data();
+        : map_{nullptr, shape.channels, shape.height, shape.width, shape.border, shape.images, kBlock},
+          stored_(static_cast<size_t>(map_.blocks() * map_.plane() * kBlock)) {
+        map_.data = stored_.data();
+        for (Stored& value : stored_) Cell{&value} = fill;
     }
     OwnedMap(const OwnedMap&) = delete;
     OwnedMap& operator=(const OwnedMap&) = delete;
 
     const Map& map() const { return map_; }
-    const std::vector<float>& floats() const { return floats_; }
-    float& at(int image, int channel, int y, int x) const {
-        return map_.at(channel / kBlock, y, x)[image * kBlock + channel % kBlock];
+    Cell at(int image, int channel, int y, int x) const {
+        return Cell(static_cast<Stored*>(map_.at(channel / kBlock, y, x)) + image * kBlock + channel % kBlock);
     }
 
     // Every channel of every image; of factor * [-1, 1).
@@ -71,7 +107,7 @@ class OwnedMap {
 
   private:
     Map map_;
-    std::vector<float> floats_;
+    std::vector<Stored> stored_;
 };
 
 constexpr float kUnwritten = std::numeric_limits<float>::quiet_NaN();
@@ -108,7 +144,10 @@ class Expected {
     std::vector<double> values_;
 };
 
-// The largest difference; infinite where a value was not written.
+// What a value of a map may be wrong by the rounding to bfloat16 alone, relative to it.
+constexpr double kRounding = sizeof(Stored) == 2 ? 1.0 / 256 : 0.0;
+
+// The largest difference beyond that; infinite where a value was not written.
 inline double largest_error(const OwnedMap& owned, Expected& expected) {
     const Map& map = owned.map();
     double most = 0;
@@ -116,7 +155,8 @@ inline double largest_error(const OwnedMap& owned, Expected& expected) {
         for (int c = 0; c < map.channels; ++c)
             for (int y = 0; y < map.height; ++y)
                 for (int x = 0; x < map.width; ++x) {
-                    const double error = std::fabs(owned.at(n, c, y, x) - expected.at(n, c, y, x));
+                    const double value = expected.at(n, c, y, x);
+                    const double error = std::fabs(owned.at(n, c, y, x) - value) - kRounding * std::fabs(value);
                     most = error <= most ? most : std::isnan(error) ? std::numeric_limits<double>::infinity() : error;
                 }
     return most;
@@ -128,7 +168,8 @@ inline bool is_same_image(const OwnedMap& many, int image, const OwnedMap& one) 
     for (int c = 0; c < map.channels; ++c)
         for (int y = 0; y < map.height; ++y)
             for (int x = 0; x < map.width; ++x) {
-                if (std::memcmp(&many.at(image, c, y, x), &one.at(0, c, y, x), sizeof(float)) != 0) return false;
+                const float a = many.at(image, c, y, x), b = one.at(0, c, y, x);
+                if (std::memcmp(&a, &b, sizeof a) != 0) return false;
             }
     return true;
 }

@@ -153,7 +153,7 @@ void check_counts(const std::vector<int32_t>& words) {
 int main() {
     const auto words = unetrt::check::make_program();
     unetrt::check::check_counts(words);
-    for (int isa = 0; isa <= unetrt_best_isa(); ++isa) {
+    for (const int isa : unetrt::check::instruction_sets()) {
         unetrt::check::expect(unetrt::check::try_program(words, isa), "the program is accepted");
         unetrt::check::check_every_word(words, isa);
     }

@@ -99,6 +99,14 @@ class Packed {
     std::unique_ptr<void, void (*)(void*)> data_;
 };
 
+// Of fp32 and of bf16, that this library and CPU have.
+inline std::vector<int> instruction_sets() {
+    std::vector<int> found;
+    for (int isa = UNETRT_ISA_PORTABLE; isa <= unetrt_best_isa(UNETRT_FP32); ++isa) found.push_back(isa);
+    for (int isa = UNETRT_ISA_AVX512_BF16; isa <= unetrt_best_isa(UNETRT_BF16); ++isa) found.push_back(isa);
+    return found;
+}
+
 inline int failures = 0;
 
 inline void expect(bool holds, const char* what) {
