@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.errors import BackendError
 
-MAGIC, FORMAT = 0x54524E55, 2
+MAGIC, FORMAT = 0x54524E55, 1
 NONE = -1
 
 Maps = tuple[int, ...]

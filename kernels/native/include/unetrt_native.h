@@ -29,7 +29,7 @@ extern "C" {
 #endif
 
 #define UNETRT_MAGIC 0x54524e55 /* "UNRT" */
-#define UNETRT_FORMAT 2         /* of programs and of packed weights */
+#define UNETRT_FORMAT 1         /* of programs and of packed weights */
 
 enum unetrt_code {
     /* dst = the network's input, [input channels, height, width]. */

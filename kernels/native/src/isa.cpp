@@ -2,7 +2,7 @@
 
 #include <string>
 
-#ifdef UNETRT_HAS_AMX_BF16
+#if defined(UNETRT_HAS_AMX_BF16) && !defined(UNETRT_EMULATED_TILES)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -32,7 +32,9 @@ bool has_avx512_bf16() {
 }
 #endif
 
-#ifdef UNETRT_HAS_AMX_BF16
+#ifdef UNETRT_EMULATED_TILES
+bool has_amx_bf16() { return has_avx512_bf16(); }
+#elif defined(UNETRT_HAS_AMX_BF16)
 // The processor has it, and the kernel lets this process keep tiles: a thread's state grows by 8 KiB.
 bool has_amx_bf16() {
     unsigned a = 0, b = 0, c = 0, d = 0;

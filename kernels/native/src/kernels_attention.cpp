@@ -1,71 +1,19 @@
 // softmax(q k^T) v: phase 0 packs the keys and values of each head, phase 1 does a chunk of queries after the other.
 #include "kernels_attention.h"
 
-#include "kernels_tokens.h"
+#include "kernels_keys.h"
 
 namespace unetrt::UNETRT_ISA {
 
 namespace {
 
-int tokens_of(const AttentionArgs& args) { return args.memory + pixels_of(args.qkv); }
 int padded_tokens(const AttentionArgs& args) { return round_up(tokens_of(args), kTile); }
 int64_t block_floats(const AttentionArgs& args) { return static_cast<int64_t>(padded_tokens(args)) * kBlock; }
-int blocks_of(const AttentionArgs& args) { return divide_up(args.dim, kBlock); }
 
 // Keys of one image and head, then values: [blocks of dim][padded tokens][kBlock] each, zeros where there is none.
 int64_t head_floats(const AttentionArgs& args) { return 2 * blocks_of(args) * block_floats(args); }
 float* find_packed(const AttentionArgs& args, int image, int head) {
     return args.workspace + (static_cast<int64_t>(image) * args.heads + head) * head_floats(args);
-}
-
-void pack_block(const AttentionArgs& args, Part part, int image, int head, int channel, float* out) {
-    const int tokens = tokens_of(args);
-    gather_learned(args, part, head, channel, 0, args.memory, out);
-    const Channels from = channels_of(args, part, image, head, channel);
-    gather(from, 0, pixels_of(args.qkv), out + args.memory * kBlock);
-    fill_zero(out + tokens * kBlock, static_cast<int64_t>(padded_tokens(args) - tokens) * kBlock);
-}
-
-// Adds a sum over tokens [count][kBlock], so that long sums are sums of short ones.
-void add_squares(const float* tokens, int count, Vec (&total)[kEach]) {
-    for (int v = 0; v < kEach; ++v) {
-        Vec squares{};
-        for (int t = 0; t < count; ++t) {
-            const Vec x = load(tokens + t * kBlock + v * kLanes);
-            squares += x * x;
-        }
-        total[v] += squares;
-    }
-}
-
-float length_of(float squares) {
-    const float length = __builtin_sqrtf(squares);
-    return length > 1e-12f ? length : 1e-12f;
-}
-
-// Keys times scale / (|q| |k|): the queries' lengths too, so that queries are read as they are.
-void normalise_keys(const AttentionArgs& args, int image, int head, int channel, float* staging, float* keys) {
-    const Channels queries = channels_of(args, kQueries, image, head, channel);
-    const int pixels = pixels_of(args.qkv), tokens = tokens_of(args);
-    Vec of_queries[kEach]{}, of_keys[kEach]{};
-    for (int t = 0; t < pixels; t += kMostQueries) {
-        const int count = least(kMostQueries, pixels - t);
-        gather(queries, t, count, staging);
-        add_squares(staging, count, of_queries);
-    }
-    for (int t = 0; t < tokens; t += kMostQueries) {
-        add_squares(keys + t * kBlock, least(kMostQueries, tokens - t), of_keys);
-    }
-    for (int v = 0; v < kEach; ++v) {
-        Vec factor;
-        for (int i = 0; i < kLanes; ++i) {
-            factor[i] = args.scale / (length_of(of_queries[v][i]) * length_of(of_keys[v][i]));
-        }
-        for (int t = 0; t < tokens; ++t) {
-            float* key = keys + t * kBlock + v * kLanes;
-            store(key, load(key) * factor);
-        }
-    }
 }
 
 void pack(const AttentionArgs& args, int item, float* scratch) {
@@ -74,8 +22,8 @@ void pack(const AttentionArgs& args, int item, float* scratch) {
     const int image = item % images, block = item / images % blocks, head = item / images / blocks;
     float* keys = find_packed(args, image, head) + block * block_floats(args);
     float* values = keys + blocks * block_floats(args);
-    pack_block(args, kKeys, image, head, block * kBlock, keys);
-    pack_block(args, kValues, image, head, block * kBlock, values);
+    gather_tokens(args, kKeys, image, head, block * kBlock, padded_tokens(args), keys);
+    gather_tokens(args, kValues, image, head, block * kBlock, padded_tokens(args), values);
     if (args.scale != 0.0f) normalise_keys(args, image, head, block * kBlock, scratch, keys);
 }
 

@@ -157,6 +157,14 @@ static inline void load_columns(const AttentionArgs& args, const Queries& querie
     }
 }
 
+// Zeros in the channels that dst's last block lacks, by the last head.
+static inline void pad_last_block(const AttentionArgs& args, const Queries& queries, float* staging) {
+    const int end = args.heads * args.dim, missing = args.dst.blocks() * kBlock - end;
+    if (queries.head + 1 < args.heads || missing == 0) return;
+    fill_zero(staging, kStagingFloats);
+    scatter(staging, queries.first, queries.count, {args.dst, queries.image, end, missing});
+}
+
 // Columns [padded dim][vectors * kLanes] as the head's channels of dst; the last head pads dst's last block.
 static inline void store_columns(const AttentionArgs& args, const Queries& queries, float* staging,
                                  const float* columns) {
@@ -166,10 +174,7 @@ static inline void store_columns(const AttentionArgs& args, const Queries& queri
         const Channels to{args.dst, queries.image, first + c, least(kBlock, args.dim - c)};
         scatter(staging, queries.first, queries.count, to);
     }
-    const int end = first + args.dim, missing = args.dst.blocks() * kBlock - end;
-    if (queries.head + 1 < args.heads || missing == 0) return;
-    fill_zero(staging, kStagingFloats);
-    scatter(staging, queries.first, queries.count, {args.dst, queries.image, end, missing});
+    pad_last_block(args, queries, staging);
 }
 
 // sums[i][v] += a[i * kStride] * b[v]

@@ -1,0 +1,200 @@
+// softmax(q k^T) v on tiles: phase 0 packs the keys and values of each head as weights of bfloat16, phase 1 does a chunk
+// of 32 queries after the other. Scores, their maximum and the sum of their exponentials are floats.
+#include "kernels_attention.h"
+#include "kernels_keys.h"
+#include "tiles.h"
+
+namespace unetrt::UNETRT_ISA {
+
+namespace {
+
+constexpr int kQueries32 = 2 * kTileRows;
+static_assert(kQueries32 == kMostQueries, "gather() and scatter() stage as many");
+
+int padded_tokens(const AttentionArgs& args) { return round_up(tokens_of(args), kBlock); }
+int padded_dim(const AttentionArgs& args) { return blocks_of(args) * kBlock; }
+
+// Of one image and head: keys [tokens / 16][blocks of dim], then values [tokens / 32][dim / 16], a tile each.
+int64_t half_of_head(const AttentionArgs& args) { return static_cast<int64_t>(padded_tokens(args)) * padded_dim(args); }
+Element* find_packed(const AttentionArgs& args, int image, int head) {
+    const int64_t index = static_cast<int64_t>(image) * args.heads + head;
+    return reinterpret_cast<Element*>(args.workspace) + index * 2 * half_of_head(args);
+}
+
+// A block of 16 tokens' keys as a tile: [pair of channels][token][2].
+void pack_keys(const float* keys, Element* tile) {
+    alignas(64) Element lines[kTileElements];
+    for (int i = 0; i < kTileElements; i += kLanes) store(lines + i, load(keys + i));
+    transpose_square(reinterpret_cast<const float*>(lines), kLanes, reinterpret_cast<float*>(tile), kLanes);
+}
+
+UNETRT_INLINE Ints round_to_bits(Vec v) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+    const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+    return __builtin_convertvector(reinterpret_cast<Halves>(rounded), Ints);
+}
+
+// 16 channels of 32 tokens' values, [32][kBlock], as a tile: [pair of tokens][channel][2].
+void pack_values(const float* values, Element* tile) {
+    for (int pair = 0; pair < kTileRows; ++pair) {
+        const float* row = values + 2 * pair * kBlock;
+        const Ints words = round_to_bits(load(row)) | round_to_bits(load(row + kBlock)) << 16;
+        store(reinterpret_cast<float*>(tile) + pair * kLanes, reinterpret_cast<Vec>(words));
+    }
+}
+
+void pack(const AttentionArgs& args, int item, float* scratch) {
+    const int blocks = blocks_of(args), images = args.qkv.images, packed = images * args.heads * blocks;
+    if (item >= packed) return clear_border(args.dst, item - packed, 0, args.dst.height);
+    const int image = item % images, block = item / images % blocks, head = item / images / blocks;
+    const int tokens = padded_tokens(args);
+    float* staged = scratch + kStagingFloats;
+    Element* keys = find_packed(args, image, head);
+    Element* values = keys + half_of_head(args);
+    gather_tokens(args, kKeys, image, head, block * kBlock, tokens, staged);
+    if (args.scale != 0.0f) normalise_keys(args, image, head, block * kBlock, scratch, staged);
+    for (int t = 0; t < tokens; t += kTileRows) {
+        pack_keys(staged + t * kBlock, keys + (static_cast<int64_t>(t / kTileRows) * blocks + block) * kTileElements);
+    }
+    gather_tokens(args, kValues, image, head, block * kBlock, tokens, staged);
+    for (int t = 0; t < tokens; t += kBlock)
+        for (int half = 0; half < 2; ++half) {
+            const int64_t tile = static_cast<int64_t>(t / kBlock) * 2 * blocks + 2 * block + half;
+            pack_values(staged + t * kBlock + half * kTileRows, values + tile * kTileElements);
+        }
+}
+
+// sums [32][32], `row` floats apart, of 32 rows a, `a_row` bytes and in steps of `a_step` elements, times `depth` pairs
+// of tiles, `b_step` elements apart.
+void multiply_tiles(const Element* a, int64_t a_row, int64_t a_step, const Element* b, int64_t b_second, int64_t b_step,
+                    int depth, float* sums, int64_t row) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    const int64_t lower = kTileRows * a_row / static_cast<int64_t>(sizeof(Element));
+    for (int k = 0; k < depth; ++k, a += a_step, b += b_step) {
+        _tile_loadd(4, a, a_row);
+        _tile_loadd(6, b, kLineBytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + b_second, kLineBytes);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a + lower, a_row);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    const int64_t row_bytes = row * 4;
+    _tile_stored(0, sums, row_bytes);
+    _tile_stored(1, sums + kTileRows, row_bytes);
+    _tile_stored(2, sums + kTileRows * row, row_bytes);
+    _tile_stored(3, sums + kTileRows * row + kTileRows, row_bytes);
+}
+
+// scores [32][padded tokens] as weights exp(score - largest); one over their sum.
+float exponentiate_row(float* scores, int tokens, int padded, Element* weights) {
+    for (int t = tokens; t < padded; ++t) scores[t] = -__builtin_inff();
+    Vec most = load(scores), total{};
+    for (int t = kLanes; t < padded; t += kLanes) most = larger(load(scores + t), most);
+    const Vec largest_score = splat(largest(most));
+    for (int t = 0; t < padded; t += kLanes) {
+        const Vec e = exp_of_negative(load(scores + t) - largest_score);
+        store(weights + t, e);
+        total += e;
+    }
+    return 1.0f / sum(total);
+}
+
+// Where one thread keeps a chunk: queries [blocks of dim][32] lines, scores and the result, floats, and weights.
+struct Chunk {
+    float* staging;
+    Element* queries;
+    float *scores, *result;
+    Element* weights;
+
+    Chunk(const AttentionArgs& args, float* scratch)
+        : staging(scratch),
+          queries(reinterpret_cast<Element*>(staging + kStagingFloats)),
+          scores(staging + kStagingFloats + kQueries32 * padded_dim(args) / 2),
+          result(scores + kQueries32 * padded_tokens(args)),
+          weights(reinterpret_cast<Element*>(result + kQueries32 * padded_dim(args))) {}
+
+    static int64_t floats(const AttentionArgs& args) {
+        return kStagingFloats + kQueries32 * (3 * static_cast<int64_t>(padded_dim(args)) / 2 +
+                                              3 * static_cast<int64_t>(padded_tokens(args)) / 2);
+    }
+};
+
+void load_queries(const AttentionArgs& args, const Queries& queries, const Chunk& chunk) {
+    fill_zero(chunk.staging + queries.count * kBlock, static_cast<int64_t>(kQueries32 - queries.count) * kBlock);
+    for (int c = 0; c < args.dim; c += kBlock) {
+        gather(channels_of(args, kQueries, queries.image, queries.head, c), queries.first, queries.count, chunk.staging);
+        Element* lines = chunk.queries + c * kQueries32;
+        for (int i = 0; i < kQueries32 * kBlock; i += kLanes) store(lines + i, load(chunk.staging + i));
+    }
+}
+
+void store_result(const AttentionArgs& args, const Queries& queries, const Chunk& chunk, const float* inverse) {
+    for (int c = 0; c < args.dim; c += kBlock) {
+        for (int i = 0; i < queries.count; ++i)
+            for (int v = 0; v < kBlock; v += kLanes) {
+                const Vec value = load(chunk.result + static_cast<int64_t>(i) * padded_dim(args) + c + v);
+                store(chunk.staging + i * kBlock + v, value * inverse[i]);
+            }
+        const Channels to{args.dst, queries.image, queries.head * args.dim + c, least(kBlock, args.dim - c)};
+        scatter(chunk.staging, queries.first, queries.count, to);
+    }
+    pad_last_block(args, queries, chunk.staging);
+}
+
+void attend_chunk(const AttentionArgs& args, int item, float* scratch) {
+    const Tiles tiles;
+    const int pixels = pixels_of(args.qkv), chunks = divide_up(pixels, kQueries32), tokens = padded_tokens(args);
+    const int first = item % chunks * kQueries32, head = item / chunks % args.heads, blocks = blocks_of(args);
+    const Queries queries{item / chunks / args.heads, head, first, least(kQueries32, pixels - first)};
+    const Element* keys = find_packed(args, queries.image, head);
+    const Element* values = keys + half_of_head(args);
+    const Chunk chunk(args, scratch);
+    load_queries(args, queries, chunk);
+    const int64_t of_tokens = blocks * kTileElements;
+    for (int t = 0; t < tokens; t += kBlock) {
+        multiply_tiles(chunk.queries, kLineBytes, kQueries32 * kBlock, keys + t / kTileRows * of_tokens, of_tokens,
+                       kTileElements, blocks, chunk.scores + t, tokens);
+    }
+    float inverse[kQueries32];
+    for (int i = 0; i < kQueries32; ++i) {
+        float* scores = chunk.scores + static_cast<int64_t>(i) * tokens;
+        inverse[i] = exponentiate_row(scores, tokens_of(args), tokens, chunk.weights + static_cast<int64_t>(i) * tokens);
+    }
+    for (int b = 0; b < blocks; ++b) {
+        multiply_tiles(chunk.weights, tokens * 2, kBlock, values + 2 * b * kTileElements, kTileElements, 2 * of_tokens,
+                       tokens / kBlock, chunk.result + b * kBlock, padded_dim(args));
+    }
+    store_result(args, queries, chunk, inverse);
+}
+
+}  // namespace
+
+int64_t attention_workspace(const AttentionArgs& args) {
+    return static_cast<int64_t>(args.qkv.images) * args.heads * half_of_head(args);
+}
+
+int64_t attention_scratch(const AttentionArgs& args) {
+    const int64_t of_pack = kStagingFloats + static_cast<int64_t>(padded_tokens(args)) * kBlock;
+    return of_pack > Chunk::floats(args) ? of_pack : Chunk::floats(args);
+}
+
+int attention_items(const AttentionArgs& args, int phase) {
+    const int heads = args.qkv.images * args.heads;
+    if (phase == 0) return heads * blocks_of(args) + args.dst.blocks();
+    return heads * divide_up(pixels_of(args.qkv), kQueries32);
+}
+
+void attention(const AttentionArgs& args, int phase, int item, float* scratch) {
+    if (phase == 0) {
+        pack(args, item, scratch);
+    } else {
+        attend_chunk(args, item, scratch);
+    }
+}
+
+}  // namespace unetrt::UNETRT_ISA
