@@ -66,9 +66,10 @@ void Engine::make_room(int batch) {
     const Memory memory = count_memory(*plan_, batch);
     bound_.clear();
     most_ = 0;
-    for (Floats* floats : {&maps_, &rows_, &shared_, &scratch_}) *floats = Floats();
+    for (Floats* floats : {&maps_, &rows_, &statistics_, &shared_, &scratch_}) *floats = Floats();
     maps_ = Floats(memory.maps);
     rows_ = Floats(memory.rows);
+    statistics_ = Floats(memory.statistics);
     shared_ = Floats(memory.shared);
     // Whole lines, so that no two threads write one.
     constexpr int64_t unit = kLine / sizeof(float);
@@ -81,7 +82,7 @@ const Bound& Engine::find_bound(int batch) {
     make_room(batch);
     const auto known = bound_.find(batch);
     if (known != bound_.end()) return known->second;
-    const Places places{packed_, maps_.data(), rows_.data(), shared_.data(), &request_};
+    const Places places{packed_, maps_.data(), rows_.data(), statistics_.data(), shared_.data(), &request_};
     return bound_.emplace(batch, bind(*plan_, batch, pool_.threads(), places)).first->second;
 }
 

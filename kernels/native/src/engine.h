@@ -45,7 +45,7 @@ class Engine {
     const std::shared_ptr<const Plan> plan_;
     const float* packed_;
     std::mutex mutex_;
-    Floats maps_, rows_, shared_, scratch_;
+    Floats maps_, rows_, statistics_, shared_, scratch_;
     int64_t scratch_floats_ = 0;
     int most_ = 0;
     Request request_{};

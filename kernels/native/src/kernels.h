@@ -70,6 +70,14 @@ struct ConvArgs {
     int32_t piece_rows, panels;
     // Whether this one writes dst's border, which the four convolutions of an upsampling share.
     bool clears_border;
+    // Of dst's rows, where it measures them; else null.
+    float* statistics;
+};
+
+// Mean and sum of squared deviations of each row of a map, [blocks][height][images][2][block] floats.
+struct MeasureArgs {
+    Map src;
+    float* statistics;
 };
 
 struct NormArgs {
@@ -86,9 +94,10 @@ struct NormArgs {
     // [images][row_stride]: padded factors, then padded shifts; or null.
     const float* rows;
     int64_t row_stride;
-    // norm_statistics() floats. Group norm: mean and sum of squared deviations of rows, [blocks][height][images][2][block].
-    // Layer and RMS norm: mean and factor of pixels, [height][images][width][2].
-    float* statistics;
+    // Of the rows of each source, for group norm.
+    const float* statistics[2];
+    // norm_workspace() floats. Layer and RMS norm: mean and factor of pixels, [height][images][width][2].
+    float* workspace;
 };
 
 struct AttentionArgs {
@@ -139,9 +148,12 @@ struct Kernels {
     int (*conv_items)(const ConvArgs&);
     void (*conv)(const ConvArgs&, int item);
 
-    int64_t (*norm_statistics)(const NormArgs&);
-    int (*norm_items)(const NormArgs&, int phase);
-    void (*norm)(const NormArgs&, int phase, int item);
+    int (*measure_items)(const MeasureArgs&);
+    void (*measure)(const MeasureArgs&, int item);
+
+    int64_t (*norm_workspace)(const NormArgs&);
+    int (*norm_items)(const NormArgs&);
+    void (*norm)(const NormArgs&, int item);
 
     int64_t (*attention_workspace)(const AttentionArgs&);
     int64_t (*attention_scratch)(const AttentionArgs&);
@@ -166,7 +178,6 @@ struct Kernels {
     void (*to_planar)(const PlanarArgs&, int item);
 };
 
-constexpr int kNormPhases = 2;
 constexpr int kAttentionPhases = 2;
 
 const Kernels& portable_kernels();

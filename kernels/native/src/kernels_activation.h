@@ -21,9 +21,18 @@ UNETRT_INLINE Vec mish(Vec x) {
     return x * n / (n + 2.0f);
 }
 
+UNETRT_INLINE Vec silu(Vec x) {
+#ifdef UNETRT_ELEMENT_BF16
+    // Within 2^-13 of itself: bfloat16 rounds it by 2^-9.
+    return x * approximate_inverse(1.0f + approximate_exp(-x));
+#else
+    return x / (1.0f + exp(-x));
+#endif
+}
+
 template <Activation kActivation>
 UNETRT_INLINE Vec activate(Vec x) {
-    if constexpr (kActivation == Activation::kSilu) return x / (1.0f + exp(-x));
+    if constexpr (kActivation == Activation::kSilu) return silu(x);
     if constexpr (kActivation == Activation::kRelu) return pick(x < 0.0f, Vec{}, x);
     if constexpr (kActivation == Activation::kMish) return mish(x);
     if constexpr (kActivation == Activation::kGelu) return gelu(x);

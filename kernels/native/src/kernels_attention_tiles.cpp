@@ -97,7 +97,7 @@ float exponentiate_row(float* scores, int tokens, int padded, Element* weights) 
     for (int t = kLanes; t < padded; t += kLanes) most = larger(load(scores + t), most);
     const Vec largest_score = splat(largest(most));
     for (int t = 0; t < padded; t += kLanes) {
-        const Vec e = exp_of_negative(load(scores + t) - largest_score);
+        const Vec e = approximate_exp(load(scores + t) - largest_score);
         store(weights + t, e);
         total += e;
     }

@@ -2,6 +2,7 @@
 #include "kernels_conv.h"
 
 #include "kernels_common.h"
+#include "kernels_norm.h"
 
 namespace unetrt::UNETRT_ISA {
 
@@ -13,6 +14,9 @@ void conv(const ConvArgs& args, int item) {
     const int from = item / args.panels * args.piece_rows, to = least(from + args.piece_rows, args.height);
     const int block = panel * kPanelBlocks, blocks = least(kPanelBlocks, args.dst.blocks() - block);
     conv_piece(args, block, blocks, args.weights + panel * args.panel_floats, from, to);
+    for (int b = block; args.statistics != nullptr && b < block + blocks; ++b) {
+        measure_rows({args.dst, args.statistics}, b, from, to);
+    }
     if (!args.clears_border) return;
     for (int b = block; b < block + blocks; ++b) clear_border(args.dst, b, from * args.step, to * args.step);
 }

@@ -32,8 +32,15 @@ int rows_a_piece(const Map& map) {
     return rows < map.height ? rows : map.height;
 }
 
-float* row_statistics(const NormArgs& args, int block, int y, int image) {
-    return args.statistics + ((static_cast<int64_t>(block) * args.dst.height + y) * args.dst.images + image) * 2 * kBlock;
+int64_t row_index(const Map& map, int block, int y, int image) {
+    return ((static_cast<int64_t>(block) * map.height + y) * map.images + image) * 2 * kBlock;
+}
+
+// Of image `image`'s row y of block `block` of both sources.
+const float* row_statistics(const NormArgs& args, int block, int y, int image) {
+    int own = block;
+    const Map& map = find_block(args.src, own);
+    return args.statistics[own == block ? 0 : 1] + row_index(map, own, y, image);
 }
 
 void measure_row(const Map& map, const Element* pixels, int images, float* statistics) {
@@ -51,18 +58,6 @@ void measure_row(const Map& map, const Element* pixels, int images, float* stati
         store(statistics + v * kLanes, first + mean);
         store(statistics + kBlock + v * kLanes, squares - total * mean);
     }
-}
-
-void measure(const NormArgs& args, int item) {
-    const int pieces = divide_up(args.dst.height, rows_a_piece(args.dst));
-    const int block = item / pieces, from = item % pieces * rows_a_piece(args.dst);
-    int own = block;
-    const Map& map = find_block(args.src, own);
-    const int to = least(from + rows_a_piece(args.dst), map.height);
-    for (int y = from; y < to; ++y)
-        for (int n = 0; n < map.images; ++n) {
-            measure_row(map, at(map, own, y, 0) + n * kBlock, map.images, row_statistics(args, block, y, n));
-        }
 }
 
 // Mean and sum of squared deviations of each channel of a block, over all rows.
@@ -224,7 +219,7 @@ void apply_by_pixel(const NormArgs& args, int from, int to) {
     const int width = args.dst.width;
     for (int n = 0; n < args.dst.images; ++n)
         for (int y = from; y < to; ++y) {
-            float* kept = args.statistics + (static_cast<int64_t>(y) * args.dst.images + n) * width * 2;
+            float* kept = args.workspace + (static_cast<int64_t>(y) * args.dst.images + n) * width * 2;
             for (int x = 0; x < width; ++x) normalise_pixel(args, y, x, n, kept[2 * x], kept[2 * x + 1]);
         }
     for (int n = 0; n < args.dst.images; ++n)
@@ -234,7 +229,7 @@ void apply_by_pixel(const NormArgs& args, int from, int to) {
             int own = b;
             const Map& map = find_block(args.src, own);
             for (int y = from; y < to; ++y) {
-                const float* kept = args.statistics + (static_cast<int64_t>(y) * args.dst.images + n) * width * 2;
+                const float* kept = args.workspace + (static_cast<int64_t>(y) * args.dst.images + n) * width * 2;
                 for (int x = 0; x < width; ++x) {
                     Vec mean[kEach], factor[kEach], shift[kEach];
                     for (int v = 0; v < kEach; ++v) {
@@ -268,20 +263,31 @@ void apply(const NormArgs& args, int item) {
 
 }  // namespace
 
-int64_t norm_statistics(const NormArgs& args) {
-    const int64_t rows = static_cast<int64_t>(args.dst.height) * args.dst.images;
-    if (args.kind == kGroup) return args.dst.blocks() * rows * 2 * kBlock;
-    return is_by_pixel(args) ? rows * args.dst.width * 2 : 0;
+void measure_rows(const MeasureArgs& args, int block, int from, int to) {
+    const Map& map = args.src;
+    for (int y = from; y < to; ++y)
+        for (int n = 0; n < map.images; ++n) {
+            measure_row(map, at(map, block, y, 0) + n * kBlock, map.images, args.statistics + row_index(map, block, y, n));
+        }
 }
 
-int norm_items(const NormArgs& args, int phase) {
+int measure_items(const MeasureArgs& args) { return args.src.blocks() * divide_up(args.src.height, rows_a_piece(args.src)); }
+
+void measure(const MeasureArgs& args, int item) {
+    const int pieces = divide_up(args.src.height, rows_a_piece(args.src)), from = item % pieces * rows_a_piece(args.src);
+    measure_rows(args, item / pieces, from, least(from + rows_a_piece(args.src), args.src.height));
+}
+
+int64_t norm_workspace(const NormArgs& args) {
+    return is_by_pixel(args) ? static_cast<int64_t>(args.dst.height) * args.dst.images * args.dst.width * 2 : 0;
+}
+
+int norm_items(const NormArgs& args) {
     const int pieces = divide_up(args.dst.height, rows_a_piece(args.dst));
-    if (phase == 0 && args.kind != kGroup) return 0;
     return is_by_pixel(args) ? pieces : args.dst.blocks() * pieces;
 }
 
-void norm(const NormArgs& args, int phase, int item) {
-    if (phase == 0) return measure(args, item);
+void norm(const NormArgs& args, int item) {
     switch (args.activation) {
         case Activation::kIdentity: return apply<Activation::kIdentity>(args, item);
         case Activation::kSilu: return apply<Activation::kSilu>(args, item);

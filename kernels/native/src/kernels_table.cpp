@@ -18,7 +18,8 @@ const Kernels& UNETRT_TABLE(UNETRT_ISA)() {
     static constexpr Kernels table = {
         UNETRT_TEXT(UNETRT_ISA), kPanel, kBlock, sizeof(Element) == 2,
         conv_items, conv,
-        norm_statistics, norm_items, norm,
+        measure_items, measure,
+        norm_workspace, norm_items, norm,
         attention_workspace, attention_scratch, attention_items, attention,
         linear_workspace, linear_scratch, linear_items, linear,
         resample_items, resample,

@@ -19,7 +19,7 @@ class Planner {
         plan_.out_channels = program.out_channels;
         plan_.row_width = program.row_width;
         plan_.weights = program.weights;
-        for (const MapShape& map : program.maps) plan_.maps.push_back({map.channels, map.height, map.width, 0, 0, 0, -1, -1});
+        for (const MapShape& map : program.maps) plan_.maps.push_back({map.channels, map.height, map.width, 0, 0, 0, -1, -1, -1});
     }
 
     Plan make() {
@@ -66,7 +66,7 @@ class Planner {
     }
 
     int32_t new_map(int32_t channels, int32_t height, int32_t width) {
-        plan_.maps.push_back({channels, height, width, 0, 0, 0, -1, -1});
+        plan_.maps.push_back({channels, height, width, 0, 0, 0, -1, -1, -1});
         return static_cast<int32_t>(plan_.maps.size()) - 1;
     }
 
@@ -120,10 +120,29 @@ class Planner {
         sources[1] = -1;
     }
 
+    // By the convolution that writes the map whole, or by a step of its own.
+    void measure(int32_t index) {
+        if (index == -1 || map(index).statistics != -1) return;
+        PlanMap& measured = map(index);
+        measured.statistics = plan_.statistics;
+        plan_.statistics += int64_t{2} * measured.height * pad_channels(measured.channels);
+        auto* conv = std::get_if<ConvStep>(&plan_.steps[static_cast<size_t>(measured.first)]);
+        if (conv != nullptr && conv->step == 1) {
+            conv->measures = true;
+        } else {
+            read(index);
+            plan_.steps.push_back(MeasureStep{index});
+        }
+    }
+
     void lower_norm(const unetrt_operator& op) {
         const int32_t channels = map(op.dst).channels;
         NormStep step{{op.src[0], op.src[1]}, op.dst, op.add, op.scale, op.eps, op.kind, op.groups, op.activation, -1, -1, -1};
         join_uneven(step.src);
+        if (op.kind == UNETRT_GROUP) {
+            measure(step.src[0]);
+            measure(step.src[1]);
+        }
         step.weight = op.kind == UNETRT_NO_NORM ? -1 : pack_vector(op.weight, channels);
         step.bias = pack_vector(op.bias, channels);
         step.row = pad_row(op.row, channels, 2);

@@ -17,6 +17,8 @@ struct PlanMap {
     int64_t offset, size;
     // The steps that write it and that read it last.
     int32_t first, last;
+    // First float of one image's statistics; -1: nobody needs them.
+    int64_t statistics;
 };
 
 // Weights of one tap: w[o][c] = the sum over `count` places of weights[place + o * out_stride + c * in_stride].
@@ -47,7 +49,7 @@ struct ConvStep {
     int32_t add;
     float scale;
     int32_t out_channels;
-    bool clears_border;
+    bool clears_border, measures;
     // In the packed array and in the padded rows; row -1: none.
     int64_t weights, bias, row;
     int64_t panel_floats;
@@ -59,6 +61,11 @@ struct NormStep {
     int32_t kind, groups, activation;
     // -1: none.
     int64_t weight, bias, row;
+};
+
+// Statistics of a map that no convolution measures as it writes it.
+struct MeasureStep {
+    int32_t map;
 };
 
 struct AttentionStep {
@@ -84,7 +91,7 @@ struct PlanarStep {
     bool is_input;
 };
 
-using Step = std::variant<ConvStep, NormStep, AttentionStep, ResampleStep, CopyStep, PlanarStep>;
+using Step = std::variant<ConvStep, MeasureStep, NormStep, AttentionStep, ResampleStep, CopyStep, PlanarStep>;
 
 // Columns of the caller's rows, copied to a padded place.
 struct RowCopy {
@@ -103,8 +110,8 @@ struct Plan {
     int32_t operator_count;
     std::vector<PackedVector> vectors;
     std::vector<RowCopy> rows;
-    // Floats of the packed array and of one image's padded rows; lines of one image's maps.
-    int64_t packed, padded_rows, arena;
+    // Floats of the packed array, of one image's padded rows and of its maps' statistics; lines of its maps.
+    int64_t packed, padded_rows, statistics, arena;
 };
 
 Plan make_plan(const Program& program, const Kernels& kernels);

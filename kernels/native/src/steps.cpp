@@ -28,7 +28,7 @@ class Binder {
     Memory measure() {
         for (const Step& step : plan_.steps) {
             if (const auto* norm = std::get_if<NormStep>(&step)) {
-                shared_ = std::max(shared_, kernels_.norm_statistics(norm_args(*norm)));
+                shared_ = std::max(shared_, kernels_.norm_workspace(norm_args(*norm)));
             } else if (const auto* attention = std::get_if<AttentionStep>(&step)) {
                 const AttentionArgs args = attention_args(*attention);
                 const auto workspace = attention->is_linear ? kernels_.linear_workspace : kernels_.attention_workspace;
@@ -37,7 +37,7 @@ class Binder {
                 scratch_ = std::max(scratch_, scratch(args));
             }
         }
-        return {(plan_.arena * batch_ + kSlackLines) * kLineFloats, plan_.padded_rows * batch_, shared_, scratch_};
+        return {(plan_.arena * batch_ + kSlackLines) * kLineFloats, plan_.padded_rows * batch_, plan_.statistics * batch_, shared_, scratch_};
     }
 
   private:
@@ -58,6 +58,11 @@ class Binder {
 
     const float* rows(int64_t place) const {
         return place == -1 || places_.rows == nullptr ? nullptr : places_.rows + place;
+    }
+
+    float* statistics(int32_t map) const {
+        if (map == -1 || places_.statistics == nullptr) return nullptr;
+        return places_.statistics + plan_.maps[static_cast<size_t>(map)].statistics * batch_;
     }
 
     template <typename Args>
@@ -115,6 +120,7 @@ class Binder {
         args.panels = round_up(step.out_channels, kernels_.panel) / kernels_.panel;
         args.piece_rows = choose_piece_rows(step, args.panels);
         args.clears_border = step.clears_border;
+        args.statistics = step.measures ? statistics(step.dst) : nullptr;
         add_task(kernels_.conv_items(args), kernels_.conv, args);
     }
 
@@ -132,17 +138,21 @@ class Binder {
         args.bias = packed(step.bias);
         args.rows = rows(step.row);
         args.row_stride = plan_.padded_rows;
-        args.statistics = places_.shared;
+        if (step.kind == UNETRT_GROUP) {
+            for (int i = 0; i < 2; ++i) args.statistics[i] = statistics(step.src[i]);
+        }
+        args.workspace = places_.shared;
         return args;
     }
 
     void add(const NormStep& step) {
         const NormArgs args = norm_args(step);
-        const auto kernel = kernels_.norm;
-        for (int phase = 0; phase < kNormPhases; ++phase) {
-            const int items = kernels_.norm_items(args, phase);
-            if (items > 0) bound_.tasks.push_back({items, [=](int item, float*) { kernel(args, phase, item); }});
-        }
+        add_task(kernels_.norm_items(args), kernels_.norm, args);
+    }
+
+    void add(const MeasureStep& step) {
+        const MeasureArgs args{map(step.map), statistics(step.map)};
+        add_task(kernels_.measure_items(args), kernels_.measure, args);
     }
 
     AttentionArgs attention_args(const AttentionStep& step) const {

@@ -17,14 +17,15 @@ struct Request {
 
 // Floats that a plan needs for a batch besides the packed weights. scratch: for each thread.
 struct Memory {
-    int64_t maps, rows, shared, scratch;
+    int64_t maps, rows, statistics, shared, scratch;
 };
 
-// Where they are; rows: [batch][plan.padded_rows]. shared: statistics and workspace of one step at a time.
+// Where they are; rows: [batch][plan.padded_rows]. shared: workspace of one step at a time.
 struct Places {
     const float* packed;
     float* maps;
     const float* rows;
+    float* statistics;
     float* shared;
     const Request* request;
 };

@@ -106,4 +106,25 @@ UNETRT_INLINE Vec exp(Vec x) {
     return pick(x != x, x, y);
 }
 
+#ifdef UNETRT_ELEMENT_BF16
+// exp(x) for x held in [-86, 86], within 3e-6 of itself; NaN stays. 2^r on [-1/2, 1/2] by a minimax polynomial of degree 4.
+UNETRT_INLINE Vec approximate_exp(Vec x) {
+    const Vec magic = splat(12582912.0f);
+    const Vec held = pick(x > 86.0f, splat(86.0f), pick(x < -86.0f, splat(-86.0f), x)) * 1.44269504f;
+    const Vec shifted = held + magic;
+    const Vec r = held - (shifted - magic);
+    Vec p = splat(9.5701e-3f);
+    p = p * r + 5.591786e-2f;
+    p = p * r + 2.4024745e-1f;
+    p = p * r + 6.9312181e-1f;
+    p = p * r + 9.9999926e-1f;
+    return p * reinterpret_cast<Vec>((reinterpret_cast<Ints>(shifted) << 23) + 0x3f800000);
+}
+
+// 1 / x within 2^-14 of itself.
+UNETRT_INLINE Vec approximate_inverse(Vec x) {
+    return reinterpret_cast<Vec>(_mm512_maskz_rcp14_ps(0xffff, reinterpret_cast<__m512>(x)));
+}
+#endif
+
 }  // namespace unetrt::UNETRT_ISA
