@@ -46,7 +46,8 @@ bool has_amx_bf16() {
 }
 #endif
 
-// Null: not in this library or CPU.
+}  // namespace
+
 const Kernels* find_kernels(int isa) {
     switch (isa) {
         case UNETRT_ISA_PORTABLE: return &portable_kernels();
@@ -65,8 +66,6 @@ const Kernels* find_kernels(int isa) {
         default: return nullptr;
     }
 }
-
-}  // namespace
 
 int best_isa(int precision) {
     const bool is_fp32 = precision == UNETRT_FP32;

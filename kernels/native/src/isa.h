@@ -4,7 +4,10 @@
 
 namespace unetrt {
 
-// Of unetrt_isa: the fastest that was compiled and that the CPU and its operating system support.
+// Of an instruction set; null where it is not in this library or CPU.
+const Kernels* find_kernels(int isa);
+
+// Of unetrt_isa: the fastest for a precision that was compiled and that the CPU and its operating system support, or -1.
 int best_isa(int precision);
 
 // Raises Error for an instruction set that this library or CPU lacks.

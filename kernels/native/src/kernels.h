@@ -53,7 +53,7 @@ struct ConvArgs {
     const Segment* segments;
     int32_t segment_count;
     // Panels of 32 (AVX2: 16) output channels: [input channel of each segment][panel width] floats, or
-    // [block of each segment][16 pairs of channels][panel width][2] bfloat16.
+    // [block of each segment][half of the panel][16 pairs of channels][16][2] bfloat16.
     const float* weights;
     int64_t panel_floats;
     // [padded channels of dst] floats; rows: [images][row_stride] at the operator's first channel, or null.

@@ -8,7 +8,7 @@ namespace unetrt::UNETRT_ISA {
 
 namespace {
 
-constexpr int kRowBytes = kPanel * 4;  // Of weights, pair by pair, and of sums.
+constexpr int kRowBytes = kPanel * 4;  // Of sums.
 constexpr int kMostPositions = 2 * kTileRows;
 
 // Output positions [first, first + count) of row y.
@@ -30,9 +30,9 @@ void sum_tiles(const ConvArgs& args, const Element* w, int y, int64_t first, flo
         const Element* a = static_cast<const Element*>(segment.base) + (y * segment.row + first) * kBlock;
         for (int b = 0; b < segment.blocks; ++b, a += segment.plane * kBlock, w += kBlock * kPanel) {
             _tile_loadd(4, a, kLineBytes);
-            _tile_loadd(6, w, kRowBytes);
+            _tile_loadd(6, w, kLineBytes);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, w + kPanel, kRowBytes);
+            _tile_loadd(7, w + kTileElements, kLineBytes);
             _tile_dpbf16ps(1, 4, 7);
             if constexpr (kTiles == 2) {
                 _tile_loadd(5, a + kTileElements, kLineBytes);

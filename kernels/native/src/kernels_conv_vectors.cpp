@@ -23,7 +23,12 @@ struct Place {
 #ifdef UNETRT_ELEMENT_BF16
 constexpr int kTogether = 2;  // Channels that one operation sums.
 using Weights = __m512bh;
-UNETRT_INLINE Weights load_weights(const Element* w) { return reinterpret_cast<Weights>(_mm512_loadu_si512(w)); }
+// Vector v of the row of a pair of channels; a panel's halves lie behind one another.
+UNETRT_INLINE Weights load_weights(const Element* w, int channel, int, int v) {
+    return reinterpret_cast<Weights>(_mm512_loadu_si512(w + v * kBlock * kLanes + channel * kLanes));
+}
+// Of so many channels of a segment's block, which the weights have whole.
+UNETRT_INLINE int weights_of(int, int vectors) { return kBlock * vectors * kLanes; }
 UNETRT_INLINE Weights splat_channels(const Element* a) {
     int32_t pair;
     __builtin_memcpy(&pair, a, sizeof pair);
@@ -35,7 +40,12 @@ UNETRT_INLINE Vec multiply_add(Weights x, Weights w, Vec sum) {
 #else
 constexpr int kTogether = 1;
 using Weights = Vec;
-UNETRT_INLINE Weights load_weights(const Element* w) { return load(w); }
+// Vector v of a channel's row.
+UNETRT_INLINE Weights load_weights(const Element* w, int channel, int vectors, int v) {
+    return load(w + (channel * vectors + v) * kLanes);
+}
+// Of so many channels of a segment's block.
+UNETRT_INLINE int weights_of(int channels, int vectors) { return channels * vectors * kLanes; }
 UNETRT_INLINE Weights splat_channels(const Element* a) { return splat(*a); }
 UNETRT_INLINE Vec multiply_add(Weights x, Weights w, Vec sum) { return sum + x * w; }
 #endif
@@ -57,12 +67,12 @@ UNETRT_INLINE void finish(const ConvArgs& args, int block, int y, int position, 
 }
 
 template <int kPixels, int kRows, int kVectors>
-UNETRT_INLINE void multiply(const Element* a, int64_t row, int channels, const Element*& w,
+UNETRT_INLINE void multiply(const Element* a, int64_t row, int channels, const Element* w,
                             Vec (&sums)[kRows * kPixels][kVectors]) {
-    for (int c = 0; c < channels; c += kTogether, w += kVectors * kLanes * kTogether) {
+    for (int c = 0; c < channels; c += kTogether) {
         Weights weights[kVectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) weights[v] = load_weights(w + v * kLanes * kTogether);
+        for (int v = 0; v < kVectors; ++v) weights[v] = load_weights(w, c, kVectors, v);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
@@ -75,12 +85,6 @@ UNETRT_INLINE void multiply(const Element* a, int64_t row, int channels, const E
                 }
             }
     }
-}
-
-// Weights of channels that a segment's last block lacks, which only pairs of them have.
-template <int kVectors>
-UNETRT_INLINE int padding(int last) {
-    return kTogether == 1 ? 0 : (kBlock - divide_up(last, kTogether) * kTogether) * kVectors * kLanes;
 }
 
 template <int kPixels, int kRows, int kVectors>
@@ -96,9 +100,10 @@ void tile(const ConvArgs& args, int block, const Element* w, Place place) {
         const int64_t row = segment.row * kBlock;
         for (int b = 0; b + 1 < segment.blocks; ++b, a += segment.plane * kBlock) {
             multiply<kPixels, kRows, kVectors>(a, row, kBlock, w, sums);
+            w += weights_of(kBlock, kVectors);
         }
         multiply<kPixels, kRows, kVectors>(a, row, segment.last, w, sums);
-        w += padding<kVectors>(segment.last);
+        w += weights_of(segment.last, kVectors);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)

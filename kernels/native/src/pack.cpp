@@ -30,16 +30,27 @@ uint16_t round_to_bf16(float value) {
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// The same in bfloat16: a row for each pair of input channels, the last block of each tap filled up with zeros.
-void pack_pairs(const ConvStep& step, const float* weights, int32_t first, int32_t width, int32_t block,
-                uint16_t* panel) {
+constexpr int32_t kHalfPanel = 16;
+
+// A block of a tap's input channels, from channel `in` on, for half of a panel: a row for each pair of them.
+void pack_pairs(const ConvStep& step, const Tap& tap, const float* weights, int32_t out, int32_t in, int32_t block,
+                uint16_t* rows) {
+    for (int32_t c = in; c < in + block; c += 2)
+        for (int32_t o = out; o < out + kHalfPanel; ++o)
+            for (int32_t i = c; i < c + 2; ++i) {
+                const bool is_there = o < step.out_channels && i < tap.channels;
+                *rows++ = is_there ? round_to_bf16(sum_places(tap.weights, weights, o, i)) : uint16_t{0};
+            }
+}
+
+// The same in bfloat16, the last block of each tap filled up with zeros.
+void pack_panel_of_pairs(const ConvStep& step, const float* weights, int32_t first, int32_t width, int32_t block,
+                         uint16_t* panel) {
     for (const Tap& tap : step.taps)
-        for (int32_t c = 0; c < round_up(tap.channels, block); c += 2)
-            for (int32_t o = first; o < first + width; ++o)
-                for (int32_t i = c; i < c + 2; ++i) {
-                    const bool is_there = o < step.out_channels && i < tap.channels;
-                    *panel++ = is_there ? round_to_bf16(sum_places(tap.weights, weights, o, i)) : uint16_t{0};
-                }
+        for (int32_t c = 0; c < tap.channels; c += block)
+            for (int32_t o = first; o < first + width; o += kHalfPanel, panel += kHalfPanel * block) {
+                pack_pairs(step, tap, weights, o, c, block, panel);
+            }
 }
 
 void pack_conv(const ConvStep& step, const Kernels& kernels, const float* weights, float* packed) {
@@ -48,7 +59,7 @@ void pack_conv(const ConvStep& step, const Kernels& kernels, const float* weight
     for (int32_t first = 0; first < padded; first += kernels.panel, panel += step.panel_floats) {
         const int32_t width = std::min(kernels.panel, padded - first);
         if (kernels.takes_pairs) {
-            pack_pairs(step, weights, first, width, kernels.block, reinterpret_cast<uint16_t*>(panel));
+            pack_panel_of_pairs(step, weights, first, width, kernels.block, reinterpret_cast<uint16_t*>(panel));
         } else {
             pack_panel(step, weights, first, width, panel);
         }

@@ -8,7 +8,9 @@
 #include <limits>
 #include <vector>
 
+#include "isa.h"
 #include "kernels.h"
+#include "unetrt_native.h"
 
 namespace unetrt::check {
 
@@ -18,14 +20,11 @@ constexpr int kSkipped = 77;  // Exit status: this CPU lacks the instruction set
 #define UNETRT_NAME(x) UNETRT_NAME_(x)
 
 inline bool has_instruction_set() {
-    const char* name = UNETRT_NAME(UNETRT_ISA);
-#if defined(__x86_64__)
-    if (std::strcmp(name, "avx512") == 0) return __builtin_cpu_supports("avx512f") != 0;
-    // AMX's own operations are those of convolutions, which these checks do not call.
-    if (std::strstr(name, "bf16") != nullptr) return __builtin_cpu_supports("avx512bf16") != 0;
-    if (std::strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") != 0;
-#endif
-    return std::strcmp(name, "portable") == 0;
+    for (int isa = UNETRT_ISA_PORTABLE; isa <= UNETRT_ISA_AMX_BF16; ++isa) {
+        const Kernels* kernels = find_kernels(isa);
+        if (kernels != nullptr && std::strcmp(kernels->name, UNETRT_NAME(UNETRT_ISA)) == 0) return true;
+    }
+    return false;
 }
 
 // Values in [-1, 1) of a linear congruential generator.
