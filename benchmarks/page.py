@@ -17,13 +17,15 @@ from engine.command import run_command
 from engine.errors import OutputError, RequestError
 from engine.files import atomic_path
 
-ORDER = ("peers", "step_latency", "quality", "kernels", "export_cost")
+ORDER = ("peers", "step_latency", "native_bound", "quality", "kernels", "export_cost")
 BEGIN, END = "<!-- benchmarks: begin (make bench writes this) -->", "<!-- benchmarks: end -->"
 
 _ABOUT = {
     "peers": "End-to-end images/s of the same network in what one could use instead, step by step in turn in one run. "
     "Ratios are time / time of ours: above 1, ours is faster.",
     "step_latency": "One denoising step of a batch: network, update, noise and the host's work.",
+    "native_bound": "The CPU engine's whole network beside its convolutions and attention, each alone, and a pass for "
+    "each norm. Ratios are time / time of the parts.",
     "quality": "Samples of every backend and step count beside real ones and beside fp32.",
     "kernels": "Operators in the shapes that networks give them, beside what this machine was measured to do.",
     "export_cost": "From checkpoint to verified bundle, each in a process of its own; single runs, so no ratios.",

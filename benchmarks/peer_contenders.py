@@ -117,6 +117,7 @@ def entrants_of(subject: Subject) -> tuple[Entrant, ...]:
     }
     return (
         Entrant(OURS, subject.open_ours),
+        Entrant(f"{OURS} in fp32", partial(_ours_in_fp32, subject)),
         *(Entrant(name, partial(_loop, name, made, subject)) for name, made in loops.items()),
         *(Entrant(name, partial(_loop, name, made, subject), export) for name, made in exported.items()),
         Entrant("TensorRT", partial(_loop, "TensorRT", partial(_tensorrt, subject), subject)),
@@ -124,6 +125,13 @@ def entrants_of(subject: Subject) -> tuple[Entrant, ...]:
         Entrant("diffusers + torch.compile", partial(_diffusers, subject, True), _nothing, "torch.compile"),
         Entrant("denoising-diffusion-pytorch", partial(_lucidrains, subject)),
     )
+
+
+def _ours_in_fp32(subject: Subject) -> Contender:
+    """What compares with the peers that compute in fp32, where auto takes another precision."""
+    if subject.open_ours().precision == "fp32":
+        raise BackendError("ours is in fp32 already")
+    return subject.open_ours(precision="fp32")
 
 
 def _loop(name: str, opened: Callable[[], OpenNetwork], subject: Subject) -> Contender:

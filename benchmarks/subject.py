@@ -23,6 +23,7 @@ Name = tuple[str, str]
 
 EVERY: tuple[Name, ...] = (
     ("trt", "fp16"),
+    ("native", "bf16"),
     ("native", "fp32"),
     ("ov", "bf16"),
     ("ov", "fp32"),

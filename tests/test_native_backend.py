@@ -274,7 +274,11 @@ def test_a_cache_that_cannot_be_written(bundle: Bundle, caplog: pytest.LogCaptur
 def test_auto_takes_it_and_says_why_not(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    assert open_backend(bundle).name == "native"
+    with caplog.at_level(logging.INFO):
+        backend = open_backend(bundle)
+    assert (backend.name, backend.precision) == ("native", "bf16" if Isa.AVX512_BF16 in instruction_sets() else "fp32")
+    isa = library.best_isa(backend.precision).name.lower()
+    assert f"native in {backend.precision} (first of native, ov, ort, eager, trt; instructions: {isa})" in caplog.text
     monkeypatch.setenv(library.LIBRARY_VARIABLE, str(tmp_path / "none.so"))
     with caplog.at_level(logging.INFO):
         assert open_backend(bundle).name == "eager"

@@ -127,7 +127,9 @@ def open_backend(
         reason = _reason_against(choice, opened, precision)
         if reason is None:
             taken = precision or choice.precisions[0]
-            logger.info("backend %s in %s%s", choice.name, taken, f" ({'; '.join(rejected)})" if rejected else "")
+            why = rejected or ([f"first of {', '.join(choices)}"] if name == "auto" else [])
+            why = [*why, *_instructions(choice.name, taken)]
+            logger.info("backend %s in %s%s", choice.name, taken, f" ({'; '.join(why)})" if why else "")
             if choice.name == "trt":
                 return _open_trt(opened, precision)
             if choice.name == "native":
@@ -151,6 +153,15 @@ def _reason_against(choice: _Choice, bundle: Bundle, precision: str | None) -> s
 
         return unsupported(bundle.manifest.config)
     return reason
+
+
+def _instructions(name: str, precision: str) -> list[str]:
+    """Those that the CPU engine runs on."""
+    if name != "native":
+        return []
+    from kernels.native.library import best_isa
+
+    return [f"instructions: {best_isa(precision).name.lower()}"]
 
 
 def _open_trt(bundle: Bundle, precision: str | None) -> Backend:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.backends.native_blocks import build_program
@@ -31,7 +34,7 @@ class NativeBackend:
         """threads: None for one on each core that this process may use. Raises BackendError."""
         self.manifest = manifest
         self.device = torch.device("cpu")
-        self.precision = network.isa.precision
+        self.isa, self.precision = network.isa, network.isa.precision
         self._rows = TimeRows(manifest.config, content.time)
         try:
             self._engine: Engine | None = Engine(network, content.packed, count_cores() if threads is None else threads)
@@ -66,24 +69,48 @@ class NativeBackend:
 
     def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """See engine.backends.Backend; raises BackendError for inputs of other shapes and types, and once closed."""
+        engine, x, rows = self._prepare(x_t, timestep, y, cond)
+        with _told():
+            out = engine.run(x, rows)
+        return self._finish(out, timestep)
+
+    def profile(
+        self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None
+    ) -> tuple[Tensor, NDArray[np.float64]]:
+        """The same, and the seconds that each operator of engine.backends.native_blocks.build_program took."""
+        engine, x, rows = self._prepare(x_t, timestep, y, cond)
+        with _told():
+            out, seconds = engine.profile(x, rows)
+        return self._finish(out, timestep), seconds
+
+    def _prepare(
+        self, x_t: Tensor, timestep: Tensor, y: Tensor | None, cond: Tensor | None
+    ) -> tuple[Engine, NDArray[np.float32], NDArray[np.float32]]:
         if self._engine is None:
             raise BackendError("this backend was closed; open the bundle again")
-        config = self.manifest.config
-        x = _join(config, x_t, cond)
+        x = _join(self.manifest.config, x_t, cond)
         if len(timestep) != len(x):
             raise BackendError(f"x_t has {len(x)} images and timestep {len(timestep)}; expected as many")
-        rows = self._rows(timestep, y)
-        try:
-            out = torch.from_numpy(self._engine.run(x.contiguous().numpy(), rows))
-        except NativeError as error:
-            raise BackendError(f"the native engine failed: {error}") from error
-        return out / timestep[:, None, None, None] if config.divides_by_timestep else out
+        return self._engine, x.contiguous().numpy(), self._rows(timestep, y)
+
+    def _finish(self, out: NDArray[np.float32], timestep: Tensor) -> Tensor:
+        result = torch.from_numpy(out)
+        return result / timestep[:, None, None, None] if self.manifest.config.divides_by_timestep else result
 
     def close(self) -> None:
         """End the threads, once the calls that run are done."""
         if self._engine is not None:
             self._engine.close()
         self._engine = None
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """The library's errors as this package's."""
+    try:
+        yield
+    except NativeError as error:
+        raise BackendError(f"the native engine failed: {error}") from error
 
 
 def unsupported(config: UNetConfig) -> str | None:
