@@ -15,14 +15,14 @@ from torch import Tensor
 
 from benchmarks.peer_contenders import Contender, Entrant
 from benchmarks.peer_loops import Task
-from benchmarks.peer_turns import Result, Timed, open_gate, series_of, take_turns
+from benchmarks.peer_turns import MOST_STEPS_A_TURN, Result, Timed, open_gate, series_of, take_turns
 from benchmarks.report import Missing
 from benchmarks.stats import LEAST_ROUNDS
 from benchmarks.timing import Series, Variant, interleave
 from engine.errors import UNetRTError
 
 WARM_UP_STEPS = 3
-SETTLE = 1
+SETTLE = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,7 +126,7 @@ class TimePlan:
 
 def _seconds(step_ms: Sequence[float], steps: int) -> float:
     """What so many steps of contenders take in turn; two of each round's turns need no settling."""
-    return sum(step_ms) * steps * (1 + SETTLE * (1 - 1 / len(step_ms))) / 1e3
+    return sum(step_ms) * steps * (1 + SETTLE / MOST_STEPS_A_TURN * (1 - 1 / len(step_ms))) / 1e3
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,7 +1,9 @@
 """Whole sampling calls that take turns: each waits before every call of its network until it is let on.
 
 A call runs in a thread of its own, so that it may be anybody's code, and only while the others wait: nobody spins, and
-nothing runs beside what is timed. Step i of every call, then step i + 1 in the reverse order, are one paired round.
+nothing runs beside what is timed. A turn is a few steps, since a network needs some calls to run as fast as it does in
+a sampler, which calls it again and again. Steps of a turn of every call, and those of the turn after it in the reverse
+order, are paired rounds.
 The network itself is called in the one thread that gives the turns, and the other threads have one thread of torch
 each: with a pool of torch's threads for every call the pools would yield to each other, which costs torch 10 to 15 %.
 """
@@ -27,6 +29,12 @@ from engine.errors import BackendError
 
 LEAST_STEPS = 2 * LEAST_ROUNDS
 """Of a chain whose steps are to give a ratio with an interval."""
+MOST_STEPS_A_TURN = 5
+
+
+def steps_a_turn(steps: int) -> int:
+    """Of a chain of so many: as many as leave LEAST_ROUNDS turns each way."""
+    return min(MOST_STEPS_A_TURN, max(1, steps // LEAST_STEPS))
 
 
 Result = TypeVar("Result")
@@ -77,7 +85,7 @@ class PausedCall:
         self._is_on = self._is_abandoned = False
         self._pending: _Pending | None = None
         self._answer: Any = None
-        self._end_ns = 0
+        self._begin_ns = self._end_ns = 0
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -85,21 +93,23 @@ class PausedCall:
     def advance(self, settle: int = 0) -> float:
         """Make the network call that it stands before and let it on to the next, or to its end; the ms that took.
 
+        Waking the call's thread takes as long as a small network, and nobody does it who samples: it is not timed.
         settle: untimed repetitions before. Raises what the call raised.
         """
         if self.is_over:
             raise RuntimeError("the call is over")
-        pending, start_ns = self._pending, time.perf_counter_ns()
+        pending, network_ns = self._pending, 0
         if pending is not None:
             with pending.modes():
                 for _ in range(settle):
                     pending.again()
                 start_ns = time.perf_counter_ns()
                 self._answer = pending.call()
+                network_ns = time.perf_counter_ns() - start_ns
         self._let_on()
         if self._error is not None:
             raise self._error
-        return (self._end_ns - start_ns) / 1e6
+        return (network_ns + self._end_ns - self._begin_ns) / 1e6
 
     def close(self) -> None:
         """End a call that is not over, at the gate where it stands."""
@@ -146,6 +156,7 @@ class PausedCall:
         with self._condition:
             while not self._is_on:
                 self._condition.wait()
+        self._begin_ns = time.perf_counter_ns()
         if self._is_abandoned:
             raise _Abandoned
 
@@ -182,14 +193,16 @@ class Timed:
 
     @property
     def rounds_ms(self) -> Float64:
-        """[N // 2, 2]: steps there and back, as benchmarks.timing.Series has them."""
-        return self.steps_ms[: len(self.steps_ms) // 2 * 2].reshape(-1, 2)
+        """[about N / 2, 2]: steps there and back, as benchmarks.timing.Series has them, without an unpaired turn."""
+        turn = steps_a_turn(len(self.steps_ms))
+        paired = self.steps_ms[: len(self.steps_ms) // (2 * turn) * 2 * turn]
+        return paired.reshape(-1, 2, turn).transpose(0, 2, 1).reshape(-1, 2)
 
 
 def take_turns(calls: Mapping[str, SamplingCall], steps: int, *, settle: int = 1, title: str = "") -> dict[str, Timed]:
-    """Every call once, step by step in turn: A B C, then C B A; results by name.
+    """Every call once, a few steps each in turn: A B C, then C B A; results by name.
 
-    Unless the step before was of the same call, a step waits until that one's threads sleep. settle: untimed
+    Unless the turn before was of the same call, a turn waits until that one's threads sleep. settle: untimed
     repetitions then. Raises BackendError for a call that does not call its network `steps` times, and whatever a call
     raised.
     """
@@ -200,13 +213,15 @@ def take_turns(calls: Mapping[str, SamplingCall], steps: int, *, settle: int = 1
         torch.set_num_threads(threads)
         taken: dict[str, list[float]] = {name: [] for name in paused}
         before = ""
-        for step in tqdm(range(steps), title, disable=not sys.stderr.isatty(), leave=False):
-            for name in list(paused) if step % 2 == 0 else reversed(paused):
-                _check_calls(name, paused[name], step, steps)
+        turn = steps_a_turn(steps)
+        for first in tqdm(range(0, steps, turn), title, disable=not sys.stderr.isatty(), leave=False):
+            for name in list(paused) if first // turn % 2 == 0 else reversed(paused):
                 if name != before:
                     wait_until_quiet()
-                taken[name].append(paused[name].advance(0 if name == before else settle))
-                before = name
+                for step in range(first, min(first + turn, steps)):
+                    _check_calls(name, paused[name], step, steps)
+                    taken[name].append(paused[name].advance(0 if name == before else settle))
+                    before = name
         results = {}
         for name, call in paused.items():
             if call.result is None:
