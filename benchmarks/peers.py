@@ -1,7 +1,7 @@
 """The same network and the same work in what users would pick instead, each at its best honest setting, in one run.
 
-Every contender makes whole images by DDIM and DDPM, unguided and guided by a classifier. They take turns of a few steps,
-and images_per_s is batch / (setup + steps * median step + finish); sum_s is the plain sum. Before each turn a
+Every contender makes whole images by DDIM and DDPM, unguided and guided by a classifier. They take turns of a few
+steps, and images_per_s is batch / (setup + steps * median step + finish); sum_s is the plain sum. Before each turn a
 contender repeats its network call untimed, unless the turn before was its own. On a GPU whole calls take turns instead.
 Ratios are time / time of ours. DDIM starts from the same x_T everywhere and must give the same images; on the shipped
 digits the evaluator must read everybody's images as well as ours. first_call_s: opening, compiling and a first short

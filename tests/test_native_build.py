@@ -72,6 +72,17 @@ def test_the_tests_in_cpp_under_sanitizers(tmp_path: Path, sanitizer: str) -> No
     call("ctest", "--test-dir", tmp_path, "--output-on-failure")
 
 
+@needs_compiler
+@pytest.mark.slow
+def test_tiles_in_plain_cpp(tmp_path: Path) -> None:
+    """The AMX kernels on a CPU without AMX, where it has AVX-512-bf16: the checks in C++, then networks."""
+    call("cmake", "-S", ROOT, "-B", tmp_path, "-DUNETRT_EMULATED_TILES=ON", "-DUNETRT_WARNINGS_AS_ERRORS=ON")
+    call("cmake", "--build", tmp_path, "--parallel", os.cpu_count() or 1)
+    call("ctest", "--test-dir", tmp_path, "--output-on-failure")
+    built = {library.LIBRARY_VARIABLE: str(tmp_path / library.LIBRARY_NAME)}
+    call(sys.executable, "-m", "pytest", "-q", ROOT / "tests" / "test_native_backend.py", **built)
+
+
 def build_wheel(out: Path, **environment: str) -> list[str]:
     """Names of the files in the wheel of a copy of this checkout."""
     copy = out / "checkout"

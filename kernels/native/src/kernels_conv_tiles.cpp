@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kRowBytes = kPanel * 4;  // Of sums.
 constexpr int kMostPositions = 2 * kTileRows;
+constexpr int64_t kTileElements = kTileRows * kBlock;
 
 // Output positions [first, first + count) of row y.
 struct Run {

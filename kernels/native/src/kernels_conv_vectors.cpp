@@ -22,21 +22,15 @@ struct Place {
 
 #ifdef UNETRT_ELEMENT_BF16
 constexpr int kTogether = 2;  // Channels that one operation sums.
-using Weights = __m512bh;
+using Weights = Pairs;
 // Vector v of the row of a pair of channels; a panel's halves lie behind one another.
 UNETRT_INLINE Weights load_weights(const Element* w, int channel, int, int v) {
-    return reinterpret_cast<Weights>(_mm512_loadu_si512(w + v * kBlock * kLanes + channel * kLanes));
+    return load_pairs(w + v * kBlock * kLanes + channel * kLanes);
 }
 // Of so many channels of a segment's block, which the weights have whole.
 UNETRT_INLINE int weights_of(int, int vectors) { return kBlock * vectors * kLanes; }
-UNETRT_INLINE Weights splat_channels(const Element* a) {
-    int32_t pair;
-    __builtin_memcpy(&pair, a, sizeof pair);
-    return reinterpret_cast<Weights>(_mm512_set1_epi32(pair));
-}
-UNETRT_INLINE Vec multiply_add(Weights x, Weights w, Vec sum) {
-    return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), x, w));
-}
+UNETRT_INLINE Weights splat_channels(const Element* a) { return splat_pair(a); }
+UNETRT_INLINE Vec multiply_add(Weights x, Weights w, Vec sum) { return add_products(x, w, sum); }
 #else
 constexpr int kTogether = 1;
 using Weights = Vec;

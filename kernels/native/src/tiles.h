@@ -9,7 +9,6 @@
 namespace unetrt::UNETRT_ISA {
 
 constexpr int kTileRows = 16;
-constexpr int64_t kTileElements = kTileRows * kBlock;
 
 #ifdef UNETRT_EMULATED_TILES
 // GCC defines them, as macros, for every processor.

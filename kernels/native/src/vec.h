@@ -38,6 +38,17 @@ UNETRT_INLINE void store(Element* p, Vec v) {
     const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(rounded));
 }
+// Two channels in each lane, whose products are summed.
+using Pairs = __m512bh;
+UNETRT_INLINE Pairs load_pairs(const Element* p) { return reinterpret_cast<Pairs>(_mm512_loadu_si512(p)); }
+UNETRT_INLINE Pairs splat_pair(const Element* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return reinterpret_cast<Pairs>(_mm512_set1_epi32(pair));
+}
+UNETRT_INLINE Vec add_products(Pairs a, Pairs b, Vec sum) {
+    return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), a, b));
+}
 UNETRT_INLINE float to_float(Element x) {
     const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
     float value;

@@ -1,15 +1,14 @@
-// softmax(q k^T) v on tiles: phase 0 packs the keys and values of each head as weights of bfloat16, phase 1 does a chunk
-// of 32 queries after the other. Scores, their maximum and the sum of their exponentials are floats.
+// softmax(q k^T) v with products of bfloat16: phase 0 packs the keys and values of each head as weights, phase 1 does a
+// chunk of 32 queries after the other. Scores, their maximum and the sum of their exponentials are floats.
 #include "kernels_attention.h"
 #include "kernels_keys.h"
-#include "tiles.h"
+#include "products.h"
 
 namespace unetrt::UNETRT_ISA {
 
 namespace {
 
-constexpr int kQueries32 = 2 * kTileRows;
-static_assert(kQueries32 == kMostQueries, "gather() and scatter() stage as many");
+static_assert(kProductRows == kMostQueries, "gather() and scatter() stage as many");
 
 int padded_tokens(const AttentionArgs& args) { return round_up(tokens_of(args), kBlock); }
 int padded_dim(const AttentionArgs& args) { return blocks_of(args) * kBlock; }
@@ -36,7 +35,7 @@ UNETRT_INLINE Ints round_to_bits(Vec v) {
 
 // 16 channels of 32 tokens' values, [32][kBlock], as a tile: [pair of tokens][channel][2].
 void pack_values(const float* values, Element* tile) {
-    for (int pair = 0; pair < kTileRows; ++pair) {
+    for (int pair = 0; pair < kLanes; ++pair) {
         const float* row = values + 2 * pair * kBlock;
         const Ints words = round_to_bits(load(row)) | round_to_bits(load(row + kBlock)) << 16;
         store(reinterpret_cast<float*>(tile) + pair * kLanes, reinterpret_cast<Vec>(words));
@@ -53,41 +52,15 @@ void pack(const AttentionArgs& args, int item, float* scratch) {
     Element* values = keys + half_of_head(args);
     gather_tokens(args, kKeys, image, head, block * kBlock, tokens, staged);
     if (args.scale != 0.0f) normalise_keys(args, image, head, block * kBlock, scratch, staged);
-    for (int t = 0; t < tokens; t += kTileRows) {
-        pack_keys(staged + t * kBlock, keys + (static_cast<int64_t>(t / kTileRows) * blocks + block) * kTileElements);
+    for (int t = 0; t < tokens; t += kLanes) {
+        pack_keys(staged + t * kBlock, keys + (static_cast<int64_t>(t / kLanes) * blocks + block) * kTileElements);
     }
     gather_tokens(args, kValues, image, head, block * kBlock, tokens, staged);
     for (int t = 0; t < tokens; t += kBlock)
         for (int half = 0; half < 2; ++half) {
             const int64_t tile = static_cast<int64_t>(t / kBlock) * 2 * blocks + 2 * block + half;
-            pack_values(staged + t * kBlock + half * kTileRows, values + tile * kTileElements);
+            pack_values(staged + t * kBlock + half * kLanes, values + tile * kTileElements);
         }
-}
-
-// sums [32][32], `row` floats apart, of 32 rows a, `a_row` bytes and in steps of `a_step` elements, times `depth` pairs
-// of tiles, `b_step` elements apart.
-void multiply_tiles(const Element* a, int64_t a_row, int64_t a_step, const Element* b, int64_t b_second, int64_t b_step,
-                    int depth, float* sums, int64_t row) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    const int64_t lower = kTileRows * a_row / static_cast<int64_t>(sizeof(Element));
-    for (int k = 0; k < depth; ++k, a += a_step, b += b_step) {
-        _tile_loadd(4, a, a_row);
-        _tile_loadd(6, b, kLineBytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + b_second, kLineBytes);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, a + lower, a_row);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    const int64_t row_bytes = row * 4;
-    _tile_stored(0, sums, row_bytes);
-    _tile_stored(1, sums + kTileRows, row_bytes);
-    _tile_stored(2, sums + kTileRows * row, row_bytes);
-    _tile_stored(3, sums + kTileRows * row + kTileRows, row_bytes);
 }
 
 // scores [32][padded tokens] as weights exp(score - largest); one over their sum.
@@ -114,22 +87,22 @@ struct Chunk {
     Chunk(const AttentionArgs& args, float* scratch)
         : staging(scratch),
           queries(reinterpret_cast<Element*>(staging + kStagingFloats)),
-          scores(staging + kStagingFloats + kQueries32 * padded_dim(args) / 2),
-          result(scores + kQueries32 * padded_tokens(args)),
-          weights(reinterpret_cast<Element*>(result + kQueries32 * padded_dim(args))) {}
+          scores(staging + kStagingFloats + kProductRows * padded_dim(args) / 2),
+          result(scores + kProductRows * padded_tokens(args)),
+          weights(reinterpret_cast<Element*>(result + kProductRows * padded_dim(args))) {}
 
     static int64_t floats(const AttentionArgs& args) {
-        return kStagingFloats + kQueries32 * (3 * static_cast<int64_t>(padded_dim(args)) / 2 +
+        return kStagingFloats + kProductRows * (3 * static_cast<int64_t>(padded_dim(args)) / 2 +
                                               3 * static_cast<int64_t>(padded_tokens(args)) / 2);
     }
 };
 
 void load_queries(const AttentionArgs& args, const Queries& queries, const Chunk& chunk) {
-    fill_zero(chunk.staging + queries.count * kBlock, static_cast<int64_t>(kQueries32 - queries.count) * kBlock);
+    fill_zero(chunk.staging + queries.count * kBlock, static_cast<int64_t>(kProductRows - queries.count) * kBlock);
     for (int c = 0; c < args.dim; c += kBlock) {
         gather(channels_of(args, kQueries, queries.image, queries.head, c), queries.first, queries.count, chunk.staging);
-        Element* lines = chunk.queries + c * kQueries32;
-        for (int i = 0; i < kQueries32 * kBlock; i += kLanes) store(lines + i, load(chunk.staging + i));
+        Element* lines = chunk.queries + c * kProductRows;
+        for (int i = 0; i < kProductRows * kBlock; i += kLanes) store(lines + i, load(chunk.staging + i));
     }
 }
 
@@ -147,26 +120,26 @@ void store_result(const AttentionArgs& args, const Queries& queries, const Chunk
 }
 
 void attend_chunk(const AttentionArgs& args, int item, float* scratch) {
-    const Tiles tiles;
-    const int pixels = pixels_of(args.qkv), chunks = divide_up(pixels, kQueries32), tokens = padded_tokens(args);
-    const int first = item % chunks * kQueries32, head = item / chunks % args.heads, blocks = blocks_of(args);
-    const Queries queries{item / chunks / args.heads, head, first, least(kQueries32, pixels - first)};
+    const Products products;
+    const int pixels = pixels_of(args.qkv), chunks = divide_up(pixels, kProductRows), tokens = padded_tokens(args);
+    const int first = item % chunks * kProductRows, head = item / chunks % args.heads, blocks = blocks_of(args);
+    const Queries queries{item / chunks / args.heads, head, first, least(kProductRows, pixels - first)};
     const Element* keys = find_packed(args, queries.image, head);
     const Element* values = keys + half_of_head(args);
     const Chunk chunk(args, scratch);
     load_queries(args, queries, chunk);
     const int64_t of_tokens = blocks * kTileElements;
     for (int t = 0; t < tokens; t += kBlock) {
-        multiply_tiles(chunk.queries, kLineBytes, kQueries32 * kBlock, keys + t / kTileRows * of_tokens, of_tokens,
+        multiply_rows(chunk.queries, kBlock, kProductRows * kBlock, keys + t / kLanes * of_tokens, of_tokens,
                        kTileElements, blocks, chunk.scores + t, tokens);
     }
-    float inverse[kQueries32];
-    for (int i = 0; i < kQueries32; ++i) {
+    float inverse[kProductRows];
+    for (int i = 0; i < kProductRows; ++i) {
         float* scores = chunk.scores + static_cast<int64_t>(i) * tokens;
         inverse[i] = exponentiate_row(scores, tokens_of(args), tokens, chunk.weights + static_cast<int64_t>(i) * tokens);
     }
     for (int b = 0; b < blocks; ++b) {
-        multiply_tiles(chunk.weights, tokens * 2, kBlock, values + 2 * b * kTileElements, kTileElements, 2 * of_tokens,
+        multiply_rows(chunk.weights, tokens, kBlock, values + 2 * b * kTileElements, kTileElements, 2 * of_tokens,
                        tokens / kBlock, chunk.result + b * kBlock, padded_dim(args));
     }
     store_result(args, queries, chunk, inverse);
@@ -186,7 +159,7 @@ int64_t attention_scratch(const AttentionArgs& args) {
 int attention_items(const AttentionArgs& args, int phase) {
     const int heads = args.qkv.images * args.heads;
     if (phase == 0) return heads * blocks_of(args) + args.dst.blocks();
-    return heads * divide_up(pixels_of(args.qkv), kQueries32);
+    return heads * divide_up(pixels_of(args.qkv), kProductRows);
 }
 
 void attention(const AttentionArgs& args, int phase, int item, float* scratch) {
