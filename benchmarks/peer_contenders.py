@@ -33,10 +33,14 @@ OURS = "UNet-RT"
 
 
 class Contender(Protocol):
-    """Something that makes images from the same network. name: in the report. precision: "fp32", "bf16" or "fp16"."""
+    """Something that makes images from the same network. name: in the report. precision: "fp32", "bf16" or "fp16".
+
+    is_compiled: by torch.compile, in every process anew.
+    """
 
     name: str
     precision: str
+    is_compiled: bool
 
     def reason_against(self, task: Task) -> str | None:
         """Why it cannot do a task, or None."""
@@ -189,7 +193,7 @@ class OursContender:
     """Sampler with the backend that it was opened with; x_T of DDIM is given to it, all other noise is its own."""
 
     def __init__(self, sampler: Sampler, guide: Guide | None) -> None:
-        backend = sampler.backend
+        backend, self.is_compiled = sampler.backend, False
         self.name, self.precision = f"{OURS} ({backend.name} {backend.precision})", backend.precision
         self._sampler, self._guide = sampler, guide
 
@@ -237,7 +241,7 @@ class LoopContender:
     """A plain loop around a network, with a classifier's gradient by torch autograd where guided."""
 
     def __init__(self, name: str, network: OpenNetwork, subject: Subject) -> None:
-        self.name, self.precision = name, network.precision
+        self.name, self.precision, self.is_compiled = name, network.precision, network.is_compiled
         self._network, self._subject = network, subject
         self._classifier = subject.classifier
         if not isinstance(self._classifier, str) and subject.device.type == "cuda":

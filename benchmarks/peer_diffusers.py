@@ -213,7 +213,7 @@ class DiffusersContender:
         self, unet: Any, config: c.UNetConfig, diffusion: Diffusion, device: torch.device, is_compiled: bool
     ) -> None:
         self.name = "diffusers + torch.compile" if is_compiled else "diffusers"
-        self.precision = torch_precision(device, is_compiled)
+        self.precision, self.is_compiled = torch_precision(device, is_compiled), is_compiled
         self._config, self._diffusion, self._device = config, diffusion, device
         if device.type == "cuda":
             unet = unet.to(device, torch.float16).to(memory_format=torch.channels_last)

@@ -139,7 +139,7 @@ class _Gated(nn.Module):
 class LucidrainsContender:
     """The package's sample(); see benchmarks.peer_contenders.Contender."""
 
-    name, precision = "denoising-diffusion-pytorch", "fp32"
+    name, precision, is_compiled = "denoising-diffusion-pytorch", "fp32", False
 
     def __init__(self, path: Path, manifest: Manifest, device: torch.device) -> None:
         self._device, self._steps = device, len(manifest.diffusion.schedule)

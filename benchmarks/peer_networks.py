@@ -33,11 +33,15 @@ _OPENVINO_NAMES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpenNetwork:
-    """A network that can be called, and what it computes in. beside_torch: for loops in which torch works too."""
+    """A network that can be called, and what it computes in. beside_torch: for loops in which torch works too.
+
+    is_compiled: by torch.compile, whose code is another in every process.
+    """
 
     call: Network
     precision: str
     beside_torch: Network | None = None
+    is_compiled: bool = False
 
 
 def has_bf16() -> bool:
@@ -62,7 +66,7 @@ def compiled(unet: UNet, device: torch.device) -> OpenNetwork:
     """torch.compile with frozen weights; on a GPU with autotuning and CUDA graphs."""
     module = _on_device(unet, device)
     precision = torch_precision(device, compiled=True)
-    return OpenNetwork(compile_call(lambda x, t, y: module(x, t, y), device, precision), precision)
+    return OpenNetwork(compile_call(lambda x, t, y: module(x, t, y), device, precision), precision, is_compiled=True)
 
 
 def compile_call(call: Callable[..., Any], device: torch.device, precision: str) -> Callable[..., Any]:

@@ -63,17 +63,19 @@ class Ratio:
         return Verdict.FASTER if self.high < 1 else Verdict.SLOWER
 
 
-def paired_ratio(a: Series, b: Series, *, confidence: float = CONFIDENCE, seed: int = 0) -> Ratio:
+def paired_ratio(
+    a: Series, b: Series, *, confidence: float = CONFIDENCE, seed: int = 0, between_runs: float = PLACEMENT
+) -> Ratio:
     """Time of a / time of b: the median over rounds of their ratio in the round, two turns of each (A B B A).
 
     The interval is a moving-block bootstrap of that median (Künsch, 1989), blocks of the cube root of the number of
-    rounds, since neighbouring rounds share the machine's mood; it is widened by PLACEMENT on both sides. With n rounds
-    no percentile of resampled medians lies outside the least and greatest ratio, which for n below 8 hold the median
-    with less than this confidence, so fewer rounds than that raise ValueError.
+    rounds, since neighbouring rounds share the machine's mood; it is widened by between_runs on both sides. With n
+    rounds no percentile of resampled medians lies outside the least and greatest ratio, which for n below 8 hold the
+    median with less than this confidence, so fewer rounds than that raise ValueError.
     """
     logs = np.log(a.rounds_ms).mean(axis=1) - np.log(b.rounds_ms).mean(axis=1)
     low, high = bootstrap_median(logs, confidence, seed)
-    margin = np.log1p(PLACEMENT)
+    margin = np.log1p(between_runs)
     return Ratio(
         value=float(np.exp(np.median(logs))),
         low=float(np.exp(low - margin)),
