@@ -22,6 +22,9 @@ from benchmarks.stats import Ratio
 from engine.command import run_command
 from engine.errors import RequestError
 
+MOST_LOAD = 0.5
+"""Of what two runs' loads may differ by, a thread: two runs on a machine without others differ by less."""
+
 
 class Change(StrEnum):
     """Of a ratio, from the old report to the new."""
@@ -110,13 +113,19 @@ def only_in(one: Report, other: Report) -> list[str]:
 
 
 def environment_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs of processor, GPU, threads and versions, any of which can change a ratio."""
+    """What differs of processor, GPU, threads, load and versions, any of which can change a ratio.
+
+    Libraries suffer differently where others take their cores: what waits at every operator suffers most.
+    """
     found = []
     for name in ("cpu", "gpu"):
         before, after = (None if block[name] is None else _model(block[name]) for block in (old, new))
         found += [f"{name}: {before} and {after}"] if before != after else []
     if old["threads"] != new["threads"]:
         found.append(f"threads: {old['threads']} and {new['threads']}")
+    loads = [block["load_average"] for block in (old, new)]
+    if all(loads) and abs(loads[0][0] - loads[1][0]) > MOST_LOAD * new["threads"]:
+        found.append(f"load over a minute: {loads[0][0]} and {loads[1][0]}")
     versions = {**old["versions"], **new["versions"]}
     for name in versions:
         before, after = old["versions"].get(name), new["versions"].get(name)

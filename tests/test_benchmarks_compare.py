@@ -94,13 +94,16 @@ def test_what_only_one_run_has_is_listed(tmp_path, capsys):
     new = dataclasses.replace(
         new,
         comparisons=new.comparisons[1:],
-        environment=dict(new.environment) | {"gpu": gpu, "threads": 9, "versions": {"torch": "0"}},
+        environment=dict(new.environment)
+        | {"gpu": gpu, "threads": 9, "versions": {"torch": "0"}, "load_average": [7.0, 2.0, 2.0]},
     )
+    old = dataclasses.replace(old, environment=dict(old.environment) | {"load_average": [1.5, 2.0, 2.0]})
     assert compare(tmp_path, old, new) == 0
     printed = capsys.readouterr().out
     assert "only in the old report: ort fp32 / ov fp32 (batch=1)" in printed
     assert "not measured alike: gpu: None and a GPU" in printed
     assert "not measured alike: threads: 2 and 9" in printed
+    assert "not measured alike: load over a minute: 1.5 and 7.0" in printed
     assert "not measured alike: numpy: " in printed
 
 

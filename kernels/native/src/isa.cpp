@@ -27,9 +27,7 @@ bool has_avx512() {
 #endif
 
 #ifdef UNETRT_HAS_AVX512_BF16
-bool has_avx512_bf16() {
-    return has_avx512() && __builtin_cpu_supports("avx512bf16");
-}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 #ifdef UNETRT_EMULATED_TILES
