@@ -28,7 +28,7 @@ _NOISE_SCALE = COLUMNS.index("S")
 _KNOWN_NOISE = COLUMNS.index("N")
 _PUSH = COLUMNS.index("push")
 _PERCENTILE = COLUMNS.index("percentile")
-_COEFFICIENTS = [name for name in COLUMNS if name not in ("timestep", "push")]
+_COEFFICIENTS = {name: place for place, name in enumerate(COLUMNS) if name not in ("timestep", "push")}
 _OLDER = 3
 
 
@@ -185,8 +185,8 @@ class Slots:
             # Chen et al., Analog bits (2022), section 3.2: the x0 of the step before, zeros at first.
             cond = self._x0[live]
         out, unlabelled = self._call(x_t, timestep, label, cond, self._cfg_active(live, requests))
-        columns = torch.from_numpy(rows)[:, :, None, None, None]
-        values: dict[str, Tensor | None] = {name: columns[:, COLUMNS.index(name)] for name in _COEFFICIENTS}
+        columns = torch.from_numpy(rows)[:, :, None, None, None].unbind(1)
+        values: dict[str, Tensor | None] = {name: columns[place] for name, place in _COEFFICIENTS.items()}
         if not rows[:, _PERCENTILE].any():
             values["percentile"] = None
         row = Coefficients(**values)  # type: ignore[arg-type]
