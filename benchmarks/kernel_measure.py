@@ -46,6 +46,10 @@ class Error:
     value: float
 
 
+SETTLE_S = 0.03
+"""Of an operator that takes microseconds: two threads that wake on one core take 16 ms until one of them is moved."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
     """One operator at one shape, by every provider that has it."""
@@ -73,6 +77,7 @@ def measure_case(
         [provider.variant(provider.name, work, place.device) for provider, work in works.items()],
         budget.rounds,
         warm_up=1,
+        settle_s=SETTLE_S,
         budget_s=budget.seconds,
         least_rounds=LEAST_ROUNDS,
     )

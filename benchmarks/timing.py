@@ -109,6 +109,7 @@ def interleave(
     *,
     warm_up: int = 2,
     settle: int = 1,
+    settle_s: float = 0.0,
     budget_s: float = math.inf,
     least_rounds: int = 4,
     title: str = "",
@@ -116,8 +117,8 @@ def interleave(
     """Time variants in turn: A B C, then C B A, which is one round; results by name.
 
     A turn begins when the threads of the turn before sleep. settle: untimed calls at its start, which bring back what
-    that drove from the caches. budget_s: after that many seconds no round begins, once there are least_rounds. Raises
-    ValueError for names that are not unique.
+    that drove from the caches; settle_s: they go on for so long, until threads have cores of their own. budget_s: after
+    that many seconds no round begins, once there are least_rounds. Raises ValueError for names that are not unique.
     """
     names = [variant.name for variant in variants]
     if len(set(names)) != len(names) or not names:
@@ -129,17 +130,19 @@ def interleave(
     for number in tqdm(range(rounds), title, disable=not sys.stderr.isatty(), leave=False):
         if number >= least_rounds and time.monotonic() > end:
             break
-        there = [_turn(variant, settle) for variant in variants]
-        back = [_turn(variant, settle) for variant in reversed(variants)][::-1]
+        there = [_turn(variant, settle, settle_s) for variant in variants]
+        back = [_turn(variant, settle, settle_s) for variant in reversed(variants)][::-1]
         for name, pair in zip(names, zip(there, back, strict=True), strict=True):
             taken[name].append(pair)
     return {name: Series(first[name], warm[name], np.array(taken[name])) for name in names}
 
 
-def _turn(variant: Variant, settle: int) -> float:
+def _turn(variant: Variant, settle: int, settle_s: float = 0.0) -> float:
     wait_until_quiet()
-    for _ in range(settle):
+    end, done = time.monotonic() + settle_s, 0
+    while done < settle or (settle_s and time.monotonic() < end):
         variant.prepare()
         variant.work()
+        done += 1
     variant.prepare()
     return variant.clock(variant.work)

@@ -50,6 +50,25 @@ def test_variants_take_turns_there_and_back():
         interleave([variants[0], variants[0]], 1)
 
 
+def test_a_turn_settles_for_a_while(monkeypatch):
+    """Untimed calls of 10 ms: at least as many as are asked for, and until the time is over."""
+    now = [0.0]
+    monkeypatch.setattr("benchmarks.timing.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("benchmarks.timing.wait_until_quiet", lambda: None)
+
+    def work() -> None:
+        now[0] += 0.01
+
+    def calls(settle: int, settle_s: float) -> int:
+        now[0] = 0.0
+        interleave([Variant("A", work)], 1, warm_up=0, settle=settle, settle_s=settle_s)
+        return round(now[0] / 0.01) - 3  # The first call and the two that are timed.
+
+    assert calls(1, 0.0) == 2
+    assert calls(1, 0.035) == 8
+    assert calls(5, 0.035) == 10
+
+
 def test_settling_calls_do_not_count():
     clock = iter(range(100))
 
