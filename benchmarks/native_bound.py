@@ -22,6 +22,7 @@ import torch
 from benchmarks.bound_picture import draw
 from benchmarks.environment import environment
 from benchmarks.harness import make_parser, run_benchmark
+from benchmarks.kernels import parse_batches
 from benchmarks.report import Check, Comparison, Missing, Report, Row, Value
 from benchmarks.stats import paired_ratio
 from benchmarks.subject import describe_bundle, real_inputs, reference_network
@@ -30,7 +31,7 @@ from engine.backends.native import NativeBackend, count_cores
 from engine.backends.native_blocks import build_program
 from engine.backends.native_program import NONE, Builder, Code, MapShape, Operator, Program
 from engine.bundle import Bundle
-from engine.errors import BackendError, RequestError
+from engine.errors import BackendError
 from kernels.native.library import Engine, NativeError, Network, best_isa
 
 ROUNDS, SHORT_ROUNDS = 24, 10
@@ -218,12 +219,7 @@ def _rms(x: torch.Tensor) -> float:
 def measure(args: argparse.Namespace, command: str) -> Report:
     """The report of a command line; raises UNetRTError for bad input."""
     bundle = Bundle.open(args.bundle)
-    try:
-        batches = tuple(int(part) for part in args.batches.split(","))
-    except ValueError:
-        batches = (0,)
-    if min(batches) < 1:
-        raise RequestError(f"--batches is {args.batches!r}; expected numbers from 1 on, for example 1,8")
+    batches = parse_batches(args.batches, args.short)
     threads = args.threads or count_cores()
     rounds = SHORT_ROUNDS if args.short else ROUNDS
     opened, missing = list[NativeBackend](), list[Missing]()
