@@ -16,7 +16,9 @@ float* find_packed(const AttentionArgs& args, int image, int head) {
     return args.workspace + (static_cast<int64_t>(image) * args.heads + head) * head_floats(args);
 }
 
-void pack(const AttentionArgs& args, int item, float* scratch) {
+}  // namespace
+
+void pack_tokens(const AttentionArgs& args, int item, float* scratch) {
     const int blocks = blocks_of(args), images = args.qkv.images, packed = images * args.heads * blocks;
     if (item >= packed) return clear_border(args.dst, item - packed, 0, args.dst.height);
     const int image = item % images, block = item / images % blocks, head = item / images / blocks;
@@ -26,6 +28,8 @@ void pack(const AttentionArgs& args, int item, float* scratch) {
     gather_tokens(args, kValues, image, head, block * kBlock, padded_tokens(args), values);
     if (args.scale != 0.0f) normalise_keys(args, image, head, block * kBlock, scratch, keys);
 }
+
+namespace {
 
 // scores [padded tokens][kVectors * kLanes] (+)= keys queries of channels [from, to); queries are columns.
 template <int kVectors>
@@ -54,6 +58,8 @@ void attend(const AttentionArgs& args, const float* packed, float* columns, floa
     weigh_by_softmax<kVectors>(scores, tokens_of(args), 1.0f, values, block_floats(args), args.dim, columns);
 }
 
+}  // namespace
+
 void attend_chunk(const AttentionArgs& args, int item, float* staging) {
     const int pixels = pixels_of(args.qkv), chunks = divide_up(pixels, kMostQueries);
     const int first = item % chunks * kMostQueries, head = item / chunks % args.heads;
@@ -70,8 +76,6 @@ void attend_chunk(const AttentionArgs& args, int item, float* staging) {
     store_columns(args, queries, staging, columns);
 }
 
-}  // namespace
-
 int64_t attention_workspace(const AttentionArgs& args) {
     return static_cast<int64_t>(args.qkv.images) * args.heads * head_floats(args);
 }
@@ -79,20 +83,6 @@ int64_t attention_workspace(const AttentionArgs& args) {
 int64_t attention_scratch(const AttentionArgs& args) {
     const int64_t columns = static_cast<int64_t>(blocks_of(args)) * kBlock + padded_tokens(args);
     return kStagingFloats + columns * kMostQueries;
-}
-
-int attention_items(const AttentionArgs& args, int phase) {
-    const int heads = args.qkv.images * args.heads;
-    if (phase == 0) return heads * blocks_of(args) + args.dst.blocks();
-    return heads * divide_up(pixels_of(args.qkv), kMostQueries);
-}
-
-void attention(const AttentionArgs& args, int phase, int item, float* scratch) {
-    if (phase == 0) {
-        pack(args, item, scratch);
-    } else {
-        attend_chunk(args, item, scratch);
-    }
 }
 
 }  // namespace unetrt::UNETRT_ISA

@@ -42,7 +42,9 @@ void pack_values(const float* values, Element* tile) {
     }
 }
 
-void pack(const AttentionArgs& args, int item, float* scratch) {
+}  // namespace
+
+void pack_tokens(const AttentionArgs& args, int item, float* scratch) {
     const int blocks = blocks_of(args), images = args.qkv.images, packed = images * args.heads * blocks;
     if (item >= packed) return clear_border(args.dst, item - packed, 0, args.dst.height);
     const int image = item % images, block = item / images % blocks, head = item / images / blocks;
@@ -62,6 +64,8 @@ void pack(const AttentionArgs& args, int item, float* scratch) {
             pack_values(staged + t * kBlock + half * kLanes, values + tile * kTileElements);
         }
 }
+
+namespace {
 
 // scores [32][padded tokens] as weights exp(score - largest); one over their sum.
 float exponentiate_row(float* scores, int tokens, int padded, Element* weights) {
@@ -119,6 +123,8 @@ void store_result(const AttentionArgs& args, const Queries& queries, const Chunk
     pad_last_block(args, queries, chunk.staging);
 }
 
+}  // namespace
+
 void attend_chunk(const AttentionArgs& args, int item, float* scratch) {
     const Products products;
     const int pixels = pixels_of(args.qkv), chunks = divide_up(pixels, kProductRows), tokens = padded_tokens(args);
@@ -131,7 +137,7 @@ void attend_chunk(const AttentionArgs& args, int item, float* scratch) {
     const int64_t of_tokens = blocks * kTileElements;
     for (int t = 0; t < tokens; t += kBlock) {
         multiply_rows(chunk.queries, kBlock, kProductRows * kBlock, keys + t / kLanes * of_tokens, of_tokens,
-                       kTileElements, blocks, chunk.scores + t, tokens);
+                      kTileElements, blocks, chunk.scores + t, tokens);
     }
     float inverse[kProductRows];
     for (int i = 0; i < kProductRows; ++i) {
@@ -140,12 +146,10 @@ void attend_chunk(const AttentionArgs& args, int item, float* scratch) {
     }
     for (int b = 0; b < blocks; ++b) {
         multiply_rows(chunk.weights, tokens, kBlock, values + 2 * b * kTileElements, kTileElements, 2 * of_tokens,
-                       tokens / kBlock, chunk.result + b * kBlock, padded_dim(args));
+                      tokens / kBlock, chunk.result + b * kBlock, padded_dim(args));
     }
     store_result(args, queries, chunk, inverse);
 }
-
-}  // namespace
 
 int64_t attention_workspace(const AttentionArgs& args) {
     return static_cast<int64_t>(args.qkv.images) * args.heads * half_of_head(args);
@@ -154,20 +158,6 @@ int64_t attention_workspace(const AttentionArgs& args) {
 int64_t attention_scratch(const AttentionArgs& args) {
     const int64_t of_pack = kStagingFloats + static_cast<int64_t>(padded_tokens(args)) * kBlock;
     return of_pack > Chunk::floats(args) ? of_pack : Chunk::floats(args);
-}
-
-int attention_items(const AttentionArgs& args, int phase) {
-    const int heads = args.qkv.images * args.heads;
-    if (phase == 0) return heads * blocks_of(args) + args.dst.blocks();
-    return heads * divide_up(pixels_of(args.qkv), kProductRows);
-}
-
-void attention(const AttentionArgs& args, int phase, int item, float* scratch) {
-    if (phase == 0) {
-        pack(args, item, scratch);
-    } else {
-        attend_chunk(args, item, scratch);
-    }
 }
 
 }  // namespace unetrt::UNETRT_ISA
