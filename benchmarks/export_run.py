@@ -18,6 +18,7 @@ PHASES = {
     "onnx_s": "writing weights and fp32 ONNX",
     "typed_onnx_s": "writing fp16 ONNX",
     "verify_s": "verifying against the checkpoint",
+    "native_int8_s": "choosing 8-bit convolutions for the CPU engine",
     "classifier_s": "exporting the classifier's gradient",
     "plans_s": "building plans",
 }

@@ -23,6 +23,7 @@ Name = tuple[str, str]
 
 EVERY: tuple[Name, ...] = (
     ("trt", "fp16"),
+    ("native", "int8"),
     ("native", "bf16"),
     ("native", "fp32"),
     ("ov", "bf16"),

@@ -68,7 +68,9 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--columns", type=int, help="columns of the grid (default: one row a class, or a square)")
     parser.add_argument("--enlarge", type=int, default=1, help="integer enlargement of the grid (default 1)")
     parser.add_argument("--backend", default="auto", help="auto, trt, native, ov, ort or eager (default auto)")
-    parser.add_argument("--precision", help="fp32, or bf16 (native, ov), fp16 (ort, eager on CUDA), or a plan's (trt)")
+    parser.add_argument(
+        "--precision", help="fp32, or bf16 (native, ov), int8 (native), fp16 (ort, eager on CUDA), or a plan's (trt)"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--batch-size", type=int, default=16, help="largest batch of the network (default 16)")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
     manifest.json        what the network is, every assumption, hashes, versions, profiles, measured errors
     unet.safetensors     fp32 weights under our names (eager backend)
+    unet.int8.json       ranges for the CPU engine's 8-bit convolutions (engine.backends.native_int8), where asked for
     unet.onnx            fp32, dynamic batch;  unet.fp16.onnx (or bf16, int8) and *.plan where they were built
     classifier.onnx      a classifier's input gradient, where one was given;  classifier.fp16.onnx beside it
 
@@ -28,6 +29,7 @@ MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "unet.safetensors"
 ONNX_NAME = "unet.onnx"
 FP16_ONNX_NAME = "unet.fp16.onnx"
+INT8_NAME = "unet.int8.json"
 CLASSIFIER_NAME = "classifier.onnx"
 CLASSIFIER_FP16_NAME = "classifier.fp16.onnx"
 _REBUILD = "build it again with: python -m export.to_trt CHECKPOINT"

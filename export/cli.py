@@ -41,6 +41,9 @@ def make_parser(program: str, description: str, examples: str) -> argparse.Argum
     parser.add_argument(
         "--classifier-fact", action="append", default=[], metavar="NAME=VALUE", help="a fact its file does not hold"
     )
+    parser.add_argument(
+        "--native-int8", action="store_true", help="choose 8-bit convolutions for the CPU engine, to be opened in int8"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     add_fact_arguments(parser)
     return parser

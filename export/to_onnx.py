@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from engine.backends.eager import checkpoint_manifest
+from engine.backends.native_int8 import write_ranges
 from engine.bundle import (
     CLASSIFIER_FP16_NAME,
     CLASSIFIER_NAME,
+    INT8_NAME,
     ONNX_NAME,
     WEIGHTS_NAME,
     Bundle,
@@ -39,6 +41,7 @@ from engine.precision import norm_names
 from engine.unet import UNet
 from export import cli
 from export.guidance import check_fit, export_classifier
+from export.native_int8 import choose_int8, describe_int8
 from export.onnx_file import OPSET, quiet_exporter, save_program
 from export.planner import Fp32Part, plan_fp16
 from export.precision import NOTES, Precision, typed_unet
@@ -59,14 +62,16 @@ def export_bundle(
     *,
     classifier: Checkpoint | None = None,
     precision: Precision = Precision.FP32,
+    native_int8: bool = False,
     make_plans: MakePlans | None = None,
     report: cli.Report = logger.info,
 ) -> Bundle:
     """Make the bundle `out` from a checkpoint, whole or not at all; a bundle of that name is replaced.
 
     classifier: whose input gradient goes into classifier.onnx beside the network (export.gradient). precision: of a
-    second ONNX file, unet.fp16.onnx for example, and of classifier.fp16.onnx unless it is FP32. make_plans: called with
-    the path of each file in that precision once all are verified. report: told of each step. Raises CheckpointError
+    second ONNX file, unet.fp16.onnx for example, and of classifier.fp16.onnx unless it is FP32. native_int8: whether
+    unet.int8.json is made, for the CPU engine (export.native_int8). make_plans: called with the path of each file in
+    that precision once all are verified. report: told of each step. Raises CheckpointError
     for a classifier in the U-Net's place or one that does not fit it, ExportError for an artefact that cannot be built
     or differs by too much, OutputError for a folder that cannot be written or is no bundle, MissingPackageError without
     onnx.
@@ -91,6 +96,12 @@ def export_bundle(
             notes[typed.file] = NOTES[precision]
         report("verifying against the checkpoint")
         measurements = verify(folder, checkpoint, cases, typed)
+        if native_int8:
+            report("choosing 8-bit convolutions for the CPU engine")
+            choice = choose_int8(unet, cases)
+            write_ranges(folder / INT8_NAME, choice.ranges)
+            measurements = (*measurements, choice.measurement)
+            notes[INT8_NAME] = describe_int8(choice)
         entry: ClassifierEntry | None = None
         if classifier is not None:
             report("exporting the classifier's gradient")
@@ -264,8 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work(args: argparse.Namespace) -> Bundle:
         checkpoint = read_checkpoint(args)
         classifier = read_classifier(args, checkpoint)
-        with cli.progress(2 + (classifier is not None)) as report:
-            return export_bundle(checkpoint, cli.output_folder(args), classifier=classifier, report=report)
+        out = cli.output_folder(args)
+        with cli.progress(2 + args.native_int8 + (classifier is not None)) as report:
+            return export_bundle(checkpoint, out, classifier=classifier, native_int8=args.native_int8, report=report)
 
     return cli.run(work, parser, argv)
 

@@ -42,6 +42,7 @@ def export_trt_bundle(
     *,
     classifier: Checkpoint | None = None,
     precision: Precision = Precision.FP16,
+    native_int8: bool = False,
     targets: tuple[str, ...] | None = None,
     batches: Sequence[Profile] = (DEFAULT_BATCH,),
     options: BuildOptions = NO_OPTIONS,
@@ -50,7 +51,8 @@ def export_trt_bundle(
 ) -> Bundle:
     """Make the bundle `out` with fp32 ONNX, ONNX in the precision, and a plan of each TensorRT that works here.
 
-    classifier: whose gradient goes in too, in fp32, and in fp16 unless the precision is FP32. targets: compute
+    classifier: whose gradient goes in too, in fp32, and in fp16 unless the precision is FP32. native_int8: as there.
+    targets: compute
     capabilities such as "sm89" for TensorRT-RTX, None for all it knows that can run the precision. batches: smallest,
     best and largest batch of each plan. options: of `tensorrt`'s plans. cache: folder of built plans, None for none.
     Raises what export.to_onnx.export_bundle raises, and ExportError for a target that is unknown or cannot be built.
@@ -79,6 +81,7 @@ def export_trt_bundle(
         out,
         classifier=classifier,
         precision=precision,
+        native_int8=native_int8,
         make_plans=make_plans if builders else None,
         report=report,
     )
@@ -184,12 +187,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_targets(args.precision, args.target)
         checkpoint = read_checkpoint(args)
         classifier = read_classifier(args, checkpoint)
-        with cli.progress(3 + (args.precision is not Precision.FP32) + (classifier is not None)) as report:
+        more = args.native_int8, args.precision is not Precision.FP32, classifier is not None
+        with cli.progress(3 + sum(more)) as report:
             return export_trt_bundle(
                 checkpoint,
                 cli.output_folder(args),
                 classifier=classifier,
                 precision=args.precision,
+                native_int8=args.native_int8,
                 targets=args.target,
                 batches=args.batch,
                 options=options,

@@ -42,6 +42,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax((q @ k.transpose(-2, -1)).float(), dim=-1).to(v.dtype) @ v
 
 
+def bytes_of(x: Tensor, scale: float, zero: int) -> Tensor:
+    """x as bytes and back, any shape, float32: (clamp(round(x / scale) + zero, 0, 255) - zero) * scale.
+
+    Jacob et al., Quantization and Training of Neural Networks (2018), eq. 1; 0 stays 0.
+    """
+    return (((x / scale).round() + zero).clamp(0, 255) - zero) * scale
+
+
+def channel_levels(weight: Tensor) -> Tensor:
+    """A convolution's weight [Cout, Cin, k, k] as 255 levels and back, the largest of each output channel kept."""
+    scale = weight.abs().amax(dim=(1, 2, 3), keepdim=True) / 127
+    return torch.where(scale > 0, (weight / scale).round() * scale, torch.zeros_like(weight))
+
+
+def conv2d_int8(x: Tensor, weight: Tensor, bias: Tensor, scale: float, zero: int) -> Tensor:
+    """A 3x3 convolution of bytes by 8-bit weights: x [B, Cin, H, W], weight [Cout, Cin, 3, 3] -> [B, Cout, H, W]."""
+    return F.conv2d(bytes_of(x, scale, zero), channel_levels(weight), bias, padding=1)
+
+
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """x / |x| * sqrt(C) * weight at each pixel of x [B, C, H, W], |x| over channels; weight [C].
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels import reference
 
-HEADER, MAP, OPERATOR = 8, 3, 24
+HEADER, MAP, OPERATOR = 8, 5, 24
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,12 @@ class Run:
     output: Tensor | None = None
 
     def shape(self, index: int) -> list[int]:
-        return self.words[HEADER + MAP * index :][:MAP].tolist()
+        return self.words[HEADER + MAP * index :][:3].tolist()
+
+    def bytes_of(self, index: int) -> tuple[float, int]:
+        """Scale and zero of a map; (0, 0) where it holds numbers."""
+        scale, zero = self.words[HEADER + MAP * index :][3:MAP]
+        return float(np.array(scale, np.int32).view(np.float32)), int(zero)
 
     def take(self, place: int, *shape: int) -> Tensor:
         count = int(np.prod(shape))
@@ -97,7 +102,7 @@ class Run:
 
 def run_program(words: np.ndarray, weights: np.ndarray, x: Tensor, rows: Tensor) -> Run:
     """x [B, C, H, W] and rows [B, row width]; computed in the type of x."""
-    assert words[:2].tolist() == [0x54524E55, 1]
+    assert words[:2].tolist() == [0x54524E55, 2]
     assert len(words) == HEADER + MAP * words[2] + OPERATOR * words[3]
     assert len(weights) == words[7]
     assert rows.shape == (len(x), words[6])
@@ -111,6 +116,11 @@ def run_program(words: np.ndarray, weights: np.ndarray, x: Tensor, rows: Tensor)
             continue
         assert op.dst not in run.maps, "a map is written twice"
         assert list(result.shape[1:]) == run.shape(op.dst), (op, result.shape)
+        scale, zero = run.bytes_of(op.dst)
+        if scale:
+            assert op.code == 3
+            steps = torch.round(result / scale) + zero
+            result = (torch.minimum(torch.maximum(steps, steps.new_tensor(0)), steps.new_tensor(255)) - zero) * scale
         run.maps[op.dst] = result
     assert run.output is not None
     assert run.output.shape[1] == words[5]
@@ -136,7 +146,12 @@ def _conv(run: Run, op: Op) -> Tensor:
         assert op.stride in (1, 2)
         assert max(bottom, right) < k
         padded = F.pad(x, (op.pad, right, op.pad, bottom))
-        result = F.conv2d(padded, run.take(op.weight, out, x.shape[1], k, k), stride=op.stride)
+        weight = run.take(op.weight, out, x.shape[1], k, k)
+        if run.bytes_of(op.src[0])[0]:
+            assert (op.mode, op.stride, len(op.src)) == (0, 1, 1)
+            largest = weight.abs().flatten(1).max(1).values.clamp(min=1e-30)[:, None, None, None]
+            weight = torch.round(weight / largest * 127) * largest / 127
+        result = F.conv2d(padded, weight, stride=op.stride)
     result = result + run.optional(op.bias, out, 1, 1)
     if op.row != -1:
         result = result + run.columns(op.row, out)

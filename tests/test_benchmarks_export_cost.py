@@ -139,8 +139,9 @@ def test_the_ways_to_export_a_model():
     assert command[1:6] == ["-m", "export.to_trt", "m.pt", "--out", "out.engine"]
     # A plan from the cache would cost nothing.
     assert command[6:] == ["--image-size", "8x8", "--target", "sm86,sm89", "--no-cache"]
-    assert [e.what for e in exports_of(model, None, short=True)] == ["onnx + classifier"]
-    assert [e.what for e in exports_of(Model("m", Path("m.pt")), None, short=True)] == ["onnx"]
+    (short,) = exports_of(model, None, short=True)
+    assert (short.what, short.arguments) == ("onnx + classifier + int8", ("--classifier", "c.pt", "--native-int8"))
+    assert [e.what for e in exports_of(Model("m", Path("m.pt")), None, short=True)] == ["onnx + int8"]
 
 
 def test_plans_where_there_is_a_library(monkeypatch):
@@ -220,17 +221,17 @@ def test_an_export_that_succeeds_and_one_that_fails(tiny):
     check_schema(data)
     (row,) = data["rows"]
     metrics = row["metrics"]
-    assert row["case"] == {"model": "tiny", "what": "onnx"}
+    assert row["case"] == {"model": "tiny", "what": "onnx + int8"}
     # The state dict is the weights; the bundle has them twice, and the manifest.
     assert metrics["parameters"] == pytest.approx(metrics["checkpoint_bytes"] / 4, rel=0.1)
     assert 2 * 4 * metrics["parameters"] < metrics["bundle_bytes"] < 3 * 4 * metrics["parameters"]
     assert 100 * MIB < metrics["peak_bytes"] < memory_limit(metrics["parameters"])
     assert sum(metrics[name] or 0 for name in PHASES) == pytest.approx(metrics["wall_s"], rel=0.01)
-    assert [name for name in PHASES if metrics[name] is not None] == ["read_s", "onnx_s", "verify_s"]
+    assert [name for name in PHASES if metrics[name] is not None] == ["read_s", "onnx_s", "verify_s", "native_int8_s"]
     missing = {each["variant"]: each["reason"] for each in data["missing"]}
-    assert "exit status 2: " in missing["bad: onnx"]
-    assert "image size" in missing["bad: onnx"]
-    assert [check["name"] for check in data["checks"] if not check["passed"]] == ["bad: onnx: the export succeeds"]
+    assert "exit status 2: " in missing["bad: onnx + int8"]
+    assert "image size" in missing["bad: onnx + int8"]
+    assert [check["name"] for check in data["checks"] if not check["passed"]] == ["bad: onnx + int8: the export succeeds"]
 
 
 class FakeExport:
@@ -276,11 +277,11 @@ def test_report_of_one_that_succeeds_and_one_that_fails(tiny, fake_bundle, monke
     (row,) = data["rows"]
     assert (row["case"]["model"], row["metrics"]["parameters"], row["metrics"]["wall_s"]) == ("tiny", 1000, 3.0)
     missing = {each["variant"]: each["reason"] for each in data["missing"]}
-    assert missing["bad: onnx"] == "exit status 2: error: image size 9x9 does not fit"
+    assert missing["bad: onnx + int8"] == "exit status 2: error: image size 9x9 does not fit"
     assert data["comparisons"] == []
     assert "no ratio is claimed" in data["settings"]["note"]
     printed = capsys.readouterr()
-    assert "FAILED: bad: onnx: the export succeeds; exit status 2" in printed.out
+    assert "FAILED: bad: onnx + int8: the export succeeds; exit status 2" in printed.out
     assert "tiny: onnx: 3.0 s, peak 1.07 GB" in printed.err
 
 

@@ -21,7 +21,8 @@ import export.to_onnx
 import export.verify
 from engine import Sampler, load_checkpoint, open_backend
 from engine.backends import Backend
-from engine.bundle import FP16_ONNX_NAME, MANIFEST_NAME, ONNX_NAME, WEIGHTS_NAME, Bundle
+from engine.backends.native_int8 import read_ranges
+from engine.bundle import FP16_ONNX_NAME, INT8_NAME, MANIFEST_NAME, ONNX_NAME, WEIGHTS_NAME, Bundle
 from engine.checkpoint import Checkpoint
 from engine.classifier import Classifier
 from engine.config import Attention, NormSiLU, ResBlock
@@ -410,6 +411,18 @@ def test_to_onnx_prints_the_table(quick, tmp_path, capsys):
     assert "fp16" not in out
     assert leftovers(tmp_path / "new" / "x.engine") == {MANIFEST_NAME, WEIGHTS_NAME, ONNX_NAME}
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", [to_onnx, to_trt])
+def test_8_bit_convolutions_where_asked(unverified, without_tensorrt, tmp_path, command):
+    file = unverified.copy(tmp_path)
+    assert command.main([str(file), *FLAGS, "--native-int8"]) == 0
+    bundle = Bundle.open(file.with_suffix(".engine"))
+    assert read_ranges(bundle.file(INT8_NAME))
+    assert "3x3 convolutions in ResBlocks in int8" in bundle.manifest.precision[INT8_NAME]
+    (measured,) = (m for m in bundle.manifest.verification if m.artefact == INT8_NAME)
+    assert (measured.precision, measured.runner) == ("int8", "torch cpu")
+    assert 0 < measured.relative < 0.03
 
 
 def test_assumptions_are_said(unverified, tmp_path, capsys):

@@ -80,7 +80,8 @@ def test_tiles_in_plain_cpp(tmp_path: Path) -> None:
     call("cmake", "--build", tmp_path, "--parallel", os.cpu_count() or 1)
     call("ctest", "--test-dir", tmp_path, "--output-on-failure")
     built = {library.LIBRARY_VARIABLE: str(tmp_path / library.LIBRARY_NAME)}
-    call(sys.executable, "-m", "pytest", "-q", ROOT / "tests" / "test_native_backend.py", **built)
+    tests = [ROOT / "tests" / f"test_native_{name}.py" for name in ("backend", "int8")]
+    call(sys.executable, "-m", "pytest", "-q", *tests, **built)
 
 
 def build_wheel(out: Path, **environment: str) -> list[str]:

@@ -100,7 +100,7 @@ def test_the_words_are_those_of_the_header() -> None:
     words = program.words()
     assert words.dtype == np.int32
     assert words[:8].tolist() == [
-        0x54524E55, 1, len(program.maps), len(program.operators), 1, 1, sum(config.projection_channels),
+        0x54524E55, 2, len(program.maps), len(program.operators), 1, 1, sum(config.projection_channels),
         program.weight_count,
     ]  # fmt: skip
     for read, written in zip(read_operators(words), program.operators, strict=True):

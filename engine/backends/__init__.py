@@ -16,6 +16,7 @@ from engine.bundle import (
     CLASSIFIER_FP16_NAME,
     CLASSIFIER_NAME,
     FP16_ONNX_NAME,
+    INT8_NAME,
     ONNX_NAME,
     WEIGHTS_NAME,
     Bundle,
@@ -80,21 +81,21 @@ def _eager_precisions() -> tuple[str, ...]:
 
 
 def _native_precisions() -> tuple[str, ...]:
-    """bf16 first where the CPU multiplies it."""
+    """bf16 first where the CPU multiplies it; its instructions are int8's too."""
     from kernels.native.library import NativeError, best_isa
 
     try:
         best_isa("bf16")
     except NativeError:
         return ("fp32",)
-    return ("bf16", "fp32")
+    return ("bf16", "int8", "fp32")
 
 
 def _choices() -> tuple[_Choice, ...]:
     """Fastest first, for a machine without a usable plan."""
     eager, native = _eager_precisions(), _native_precisions()
     choices = (
-        _Choice("native", native, dict.fromkeys(native, WEIGHTS_NAME), _native_reason),
+        _Choice("native", native, dict.fromkeys(native, WEIGHTS_NAME) | {"int8": INT8_NAME}, _native_reason),
         _Choice("ov", ("fp32", "bf16"), {"fp32": ONNX_NAME, "bf16": ONNX_NAME}, _missing("openvino", "cpu")),
         _Choice("ort", ("fp32", "fp16"), {"fp32": ONNX_NAME, "fp16": FP16_ONNX_NAME}, _missing("onnxruntime", "onnx")),
         _Choice("eager", eager, dict.fromkeys(eager, WEIGHTS_NAME), lambda: None),

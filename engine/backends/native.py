@@ -1,4 +1,4 @@
-"""The network on the CPU engine of kernels/native: fp32 or bf16, no other package needed."""
+"""The network on the CPU engine of kernels/native: fp32, bf16 or int8, no other package needed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from engine.backends.native_blocks import build_program
 from engine.backends.native_cache import Content, Key, load_or_pack
+from engine.backends.native_int8 import ByteRange, read_ranges, with_int8
 from engine.backends.native_program import FORMAT, Program
 from engine.backends.native_rows import PREFIX, TimeRows
-from engine.bundle import WEIGHTS_NAME, Bundle, Manifest
+from engine.bundle import INT8_NAME, WEIGHTS_NAME, Bundle, Manifest
 from engine.config import UNetConfig
 from engine.errors import BackendError
 from kernels.native.library import Engine, Isa, NativeError, Network, best_isa
@@ -34,7 +36,7 @@ class NativeBackend:
         """threads: None for one on each core that this process may use. Raises BackendError."""
         self.manifest = manifest
         self.device = torch.device("cpu")
-        self.isa, self.precision = network.isa, network.isa.precision
+        self.isa, self.precision = network.isa, network.precision
         self._rows = TimeRows(manifest.config, content.time)
         try:
             self._engine: Engine | None = Engine(network, content.packed, count_cores() if threads is None else threads)
@@ -45,9 +47,11 @@ class NativeBackend:
     def open(cls, bundle: Bundle, precision: str = "fp32", threads: int | None = None) -> NativeBackend:
         """A bundle's network; its weights are packed once and then kept in the user's cache folder.
 
-        precision: "fp32" or "bf16", on the fastest instruction set of this CPU. Raises BackendError or BundleError.
+        precision: "fp32", "bf16" or "int8", on the fastest instruction set of this CPU. int8 is bf16 with 8-bit
+        convolutions, those that unet.int8.json names. Raises BackendError or BundleError.
         """
-        program = build_program(bundle.manifest.config)
+        ranges = read_ranges(bundle.file(INT8_NAME)) if precision == "int8" else {}
+        program = with_int8(build_program(bundle.manifest.config), ranges)
         network = _make_network(program, _find_isa(precision))
         entry = bundle.manifest.files.get(WEIGHTS_NAME)
         digest = hashlib.sha256(program.words().tobytes()).hexdigest()
@@ -57,13 +61,19 @@ class NativeBackend:
 
     @classmethod
     def from_weights(
-        cls, manifest: Manifest, state: Mapping[str, Tensor], threads: int | None = None, isa: Isa | None = None
+        cls,
+        manifest: Manifest,
+        state: Mapping[str, Tensor],
+        threads: int | None = None,
+        isa: Isa | None = None,
+        ranges: Mapping[str, ByteRange] = MappingProxyType({}),
     ) -> NativeBackend:
         """A network without a bundle, its weights those of engine.unet.UNet's state dict. Raises BackendError.
 
-        isa: None for this CPU's fastest in fp32.
+        isa: None for this CPU's fastest in fp32. ranges: of the inputs of convolutions to compute in int8, which needs
+        an instruction set for bf16.
         """
-        program = build_program(manifest.config)
+        program = with_int8(build_program(manifest.config), ranges)
         network = _make_network(program, _find_isa("fp32") if isa is None else isa)
         return cls(manifest, network, pack_weights(program, network, state), threads)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.errors import BackendError
 
-MAGIC, FORMAT = 0x54524E55, 1
+MAGIC, FORMAT = 0x54524E55, 2
 NONE = -1
 
 Maps = tuple[int, ...]
@@ -58,11 +58,21 @@ class Resampling(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class MapShape:
-    """An image of each of the batch: [channels, height, width]."""
+    """An image of each of the batch: [channels, height, width].
+
+    scale: 0 for numbers; else the map holds bytes that stand for (byte - zero) * scale.
+    """
 
     channels: int
     height: int
     width: int
+    scale: float = 0.0
+    zero: int = 0
+
+    def words(self) -> NDArray[np.int32]:
+        """[5] int32."""
+        scale = np.array([self.scale], np.float32).view(np.int32)[0]
+        return np.array([self.channels, self.height, self.width, scale, self.zero], np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +150,13 @@ class Program:
         """The program as the library reads it: [n] int32."""
         header = [MAGIC, FORMAT, len(self.maps), len(self.operators)]
         header += [self.in_channels, self.out_channels, self.row_width, self.weight_count]
-        maps = [(m.channels, m.height, m.width) for m in self.maps]
-        operators = [operator.words() for operator in self.operators]
-        return np.concatenate([np.array(header, np.int32), np.array(maps, np.int32).ravel(), *operators])
+        maps, operators = [m.words() for m in self.maps], [op.words() for op in self.operators]
+        return np.concatenate([np.array(header, np.int32), *maps, *operators])
+
+    @property
+    def has_bytes(self) -> bool:
+        """Whether an operator computes in int8."""
+        return any(shape.scale for shape in self.maps)
 
     def gather(self, state: Mapping[str, Tensor]) -> NDArray[np.float32]:
         """The weights [weight_count] float32 out of a state dict; raises BackendError for one that does not fit."""

@@ -22,8 +22,9 @@ LIBRARY_VARIABLE = "UNETRT_NATIVE_LIBRARY"
 ALIGNMENT_BYTES = 64
 """Of packed weights."""
 
-_HEADER_WORDS, _MAP_WORDS, _OPERATOR_WORDS = 8, 3, 24
+_HEADER_WORDS, _MAP_WORDS, _OPERATOR_WORDS = 8, 5, 24
 _INPUT, _OUTPUT = 0, 1
+_SCALE = 3
 _POINTER, _BYTES = ctypes.c_void_p, ctypes.c_uint64
 
 # Name -> result and arguments, as in include/unetrt_native.h.
@@ -64,7 +65,7 @@ class Isa(IntEnum):
         return "bf16" if self >= Isa.AVX512_BF16 else "fp32"
 
 
-_PRECISIONS = {"fp32": 0, "bf16": 1}
+_PRECISIONS = {"fp32": 0, "bf16": 1, "int8": 2}
 
 
 def find_library() -> Path | None:
@@ -145,6 +146,7 @@ def _address(array: NDArray[Any]) -> int:
 class Network:
     """A checked program for one instruction set.
 
+    precision: the instruction set's, or int8 where the program has maps of bytes.
     words: int32 [n], as include/unetrt_native.h describes them. input_shape, output_shape: (channels, height, width).
     Raises NativeError for words that are no program.
     """
@@ -158,6 +160,7 @@ class Network:
         self._handle = handle
         weakref.finalize(self, self._library.unetrt_network_destroy, handle)
         self.input_shape, self.output_shape = _find_shapes(given)
+        self.precision = "int8" if _read_maps(given)[:, _SCALE].any() else self.isa.precision
         self.operators, self.row_width, self.weights = int(given[3]), int(given[6]), int(given[7])
 
     @property
@@ -175,11 +178,14 @@ class Network:
         return packed
 
 
+def _read_maps(words: NDArray[np.int32]) -> NDArray[np.int32]:
+    return words[_HEADER_WORDS : _HEADER_WORDS + _MAP_WORDS * int(words[2])].reshape(-1, _MAP_WORDS)
+
+
 def _find_shapes(words: NDArray[np.int32]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Of the input and the output of a program that was checked."""
-    first = _HEADER_WORDS + _MAP_WORDS * int(words[2])
-    maps = words[_HEADER_WORDS:first].reshape(-1, _MAP_WORDS)
-    operators = words[first:].reshape(-1, _OPERATOR_WORDS)
+    maps = _read_maps(words)
+    operators = words[_HEADER_WORDS + maps.size :].reshape(-1, _OPERATOR_WORDS)
     size = next((maps[op[1]] for op in operators if op[0] == _INPUT), maps[0])
     end = next(maps[op[2]] for op in operators if op[0] == _OUTPUT)
     return (int(words[4]), int(size[1]), int(size[2])), (int(words[5]), int(end[1]), int(end[2]))

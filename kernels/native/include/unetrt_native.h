@@ -3,11 +3,15 @@
  * A program is an array of int32 words:
  *
  *     header   magic, format, maps, operators, input channels, output channels, row width, weights
- *     maps     {channels, height, width} each
+ *     maps     {channels, height, width, scale, zero} each, scale the bits of a float
  *     operators  24 words each, in the order of unetrt_operator's fields, executed one after the other
  *
  * A map is an image [channels, height, width] for each image of the batch; an operator writes one map and reads others
  * that were written before. -1 stands for "none" in every field that names a map, a weight or a column of rows.
+ * A map with a scale of 0 (and zero 0) holds numbers in the precision of the instruction set; one with another holds
+ * bytes q, round(x / scale) + zero within 0 to 255, that stand for (q - zero) * scale. A norm writes it, a convolution of
+ * mode plain and stride 1 reads it, with weights in 8 bits too (round(w / s) for s = largest |w| / 127 of an output
+ * channel) and sums of integers, of at most 66000 products; it needs an instruction set for bf16.
  * Weights are one array of floats; a field that names one holds the index of its first float.
  * Rows are [batch][row width] floats given with each call: the time projections of each image.
  *
@@ -29,7 +33,7 @@ extern "C" {
 #endif
 
 #define UNETRT_MAGIC 0x54524e55 /* "UNRT" */
-#define UNETRT_FORMAT 1         /* of programs and of packed weights */
+#define UNETRT_FORMAT 2         /* of programs and of packed weights */
 
 enum unetrt_code {
     /* dst = the network's input, [input channels, height, width]. */
@@ -104,8 +108,9 @@ typedef struct unetrt_operator {
     float scale, eps;
 } unetrt_operator;
 
-/* What maps and the weights of convolutions are kept in; sums, norms and attention are float32 in both. */
-enum unetrt_precision { UNETRT_FP32 = 0, UNETRT_BF16 = 1 };
+/* What maps and the weights of convolutions are kept in; sums, norms and attention are float32 in all. int8: bf16, and
+ * bytes where the program has them. */
+enum unetrt_precision { UNETRT_FP32 = 0, UNETRT_BF16 = 1, UNETRT_INT8 = 2 };
 
 /* Instruction sets, those for fp32 and then those for bf16, each the slowest first; a network is packed for one. */
 enum unetrt_isa {

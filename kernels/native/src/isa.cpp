@@ -27,7 +27,9 @@ bool has_avx512() {
 #endif
 
 #ifdef UNETRT_HAS_AVX512_BF16
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512_bf16() {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
 #endif
 
 #ifdef UNETRT_EMULATED_TILES
@@ -37,8 +39,8 @@ bool has_amx_bf16() { return has_avx512_bf16(); }
 bool has_amx_bf16() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (!has_avx512_bf16() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
-    constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
-    if ((d & kBf16) == 0 || (d & kTiles) == 0) return false;
+    constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24, kInt8 = 1u << 25;
+    if ((d & kBf16) == 0 || (d & kTiles) == 0 || (d & kInt8) == 0) return false;
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }

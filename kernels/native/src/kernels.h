@@ -9,12 +9,13 @@
 
 namespace unetrt {
 
-// Of a pixel's channels, 16 float or 32 bfloat16, a block, lie together in a line.
+// Of a pixel's channels, 16 float, 32 bfloat16 or 64 bytes, a block, lie together in a line.
 constexpr int kLineBytes = 64;
 constexpr int kLineFloats = kLineBytes / 4;
 
 // [blocks][height + 2 border][width + 2 border][images] lines; the border holds zeros, as do channels of the last block
-// that the map lacks. Kernels may read kSlackLines behind a map, and then leave aside what they computed of it.
+// that the map lacks, unless they are bytes. Kernels may read kSlackLines behind a map, and then leave aside what they
+// computed of it.
 struct Map {
     void* data;
     int channels, height, width, border, images, block;
@@ -31,6 +32,7 @@ struct Map {
 };
 
 constexpr int kSlackLines = 32;
+constexpr int32_t kBytesBlock = kLineBytes;
 
 // An operand made of one map, or of two whose channels follow one another; count 0: none.
 struct Maps {
@@ -53,9 +55,13 @@ struct ConvArgs {
     const Segment* segments;
     int32_t segment_count;
     // Panels of 32 (AVX2: 16) output channels: [input channel of each segment][panel width] floats, or
-    // [block of each segment][half of the panel][16 pairs of channels][16][2] bfloat16.
+    // [block of each segment][half of the panel][16 pairs of channels][16][2] bfloat16, or for bytes
+    // [block of each segment][half of the panel][16 fours of channels][16][4] int8.
     const float* weights;
     int64_t panel_floats;
+    // Of sources of bytes, [padded channels of dst] each: what is added to the integer sums, and what these stand for.
+    const int32_t* offsets;
+    const float* factors;
     // [padded channels of dst] floats; rows: [images][row_stride] at the operator's first channel, or null.
     const float* bias;
     const float* rows;
@@ -85,6 +91,9 @@ struct NormArgs {
     Map dst;
     Map add;
     float scale, eps;
+    // Where dst holds bytes: steps a unit, and the byte of 0; else 0.
+    float steps;
+    int32_t zero;
     int32_t kind, groups;
     Activation activation;
     // Of two sources the first has whole blocks of channels.
@@ -142,7 +151,7 @@ struct Kernels {
     // Output channels of a convolution that are computed together, and channels of a line.
     int32_t panel, block;
     // Whether maps and the weights of convolutions are bfloat16, whose products are summed in pairs of channels; a panel
-    // then is a block.
+    // then is a block, and maps may hold bytes.
     bool takes_pairs;
 
     int (*conv_items)(const ConvArgs&);

@@ -13,7 +13,16 @@ void conv(const ConvArgs& args, int item) {
     const int panel = item % args.panels;
     const int from = item / args.panels * args.piece_rows, to = least(from + args.piece_rows, args.height);
     const int block = panel * kPanelBlocks, blocks = least(kPanelBlocks, args.dst.blocks() - block);
-    conv_piece(args, block, blocks, args.weights + panel * args.panel_floats, from, to);
+    const float* weights = args.weights + panel * args.panel_floats;
+#ifdef UNETRT_ELEMENT_BF16
+    if (args.factors != nullptr) {
+        conv_piece_of_bytes(args, block, weights, from, to);
+    } else {
+        conv_piece(args, block, blocks, weights, from, to);
+    }
+#else
+    conv_piece(args, block, blocks, weights, from, to);
+#endif
     for (int b = block; args.statistics != nullptr && b < block + blocks; ++b) {
         measure_rows({args.dst, args.statistics}, b, from, to);
     }

@@ -10,16 +10,43 @@ namespace {
 
 constexpr int kRowBytes = kPanel * 4;  // Of sums.
 constexpr int kMostPositions = 2 * kTileRows;
-constexpr int64_t kTileElements = kTileRows * kBlock;
+constexpr int64_t kTileBytes = kTileRows * kLineBytes;
 
 // Output positions [first, first + count) of row y.
 struct Run {
     int y, first, count;
 };
 
-// sums [16 kTiles][panel] of as many positions of the sources, from line `first` of row y behind each segment's base on.
-template <int kTiles>
-void sum_tiles(const ConvArgs& args, const Element* w, int y, int64_t first, float* sums) {
+// What sources hold, and what sums of them stand for, of the panel's channel `lane` on.
+struct OfElements {
+    static constexpr bool kHasBytes = false;
+    OfElements(const ConvArgs&, int) {}
+    Vec to_value(const float* sums, int lane) const { return load(sums + lane); }
+};
+
+struct OfBytes {
+    static constexpr bool kHasBytes = true;
+    OfBytes(const ConvArgs& args, int channel) : offsets(args.offsets + channel), factors(args.factors + channel) {}
+    Vec to_value(const float* sums, int lane) const {
+        const Ints whole = reinterpret_cast<Ints>(load(sums + lane)) + load(offsets + lane);
+        return __builtin_convertvector(whole, Vec) * load(factors + lane);
+    }
+    const int32_t* offsets;
+    const float* factors;
+};
+
+// Of tiles a (positions) and b (weights). A macro, because tiles are named by literals.
+#define UNETRT_ADD_PRODUCTS(sums, a, b) \
+    if constexpr (Of::kHasBytes) {      \
+        _tile_dpbusd(sums, a, b);       \
+    } else {                            \
+        _tile_dpbf16ps(sums, a, b);     \
+    }
+
+// sums [16 kTiles][panel] of as many positions of the sources, from line `first` of row y behind each segment's base on;
+// integers where these hold bytes.
+template <typename Of, int kTiles>
+void sum_tiles(const ConvArgs& args, const char* w, int y, int64_t first, float* sums) {
     _tile_zero(0);
     _tile_zero(1);
     if constexpr (kTiles == 2) {
@@ -28,17 +55,17 @@ void sum_tiles(const ConvArgs& args, const Element* w, int y, int64_t first, flo
     }
     for (int s = 0; s < args.segment_count; ++s) {
         const Segment& segment = args.segments[s];
-        const Element* a = static_cast<const Element*>(segment.base) + (y * segment.row + first) * kBlock;
-        for (int b = 0; b < segment.blocks; ++b, a += segment.plane * kBlock, w += kBlock * kPanel) {
+        const char* a = static_cast<const char*>(segment.base) + (y * segment.row + first) * kLineBytes;
+        for (int b = 0; b < segment.blocks; ++b, a += segment.plane * kLineBytes, w += 2 * kTileBytes) {
             _tile_loadd(4, a, kLineBytes);
             _tile_loadd(6, w, kLineBytes);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, w + kTileElements, kLineBytes);
-            _tile_dpbf16ps(1, 4, 7);
+            UNETRT_ADD_PRODUCTS(0, 4, 6)
+            _tile_loadd(7, w + kTileBytes, kLineBytes);
+            UNETRT_ADD_PRODUCTS(1, 4, 7)
             if constexpr (kTiles == 2) {
-                _tile_loadd(5, a + kTileElements, kLineBytes);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
+                _tile_loadd(5, a + kTileBytes, kLineBytes);
+                UNETRT_ADD_PRODUCTS(2, 5, 6)
+                UNETRT_ADD_PRODUCTS(3, 5, 7)
             }
         }
     }
@@ -51,7 +78,9 @@ void sum_tiles(const ConvArgs& args, const Element* w, int y, int64_t first, flo
 }
 
 // Sums of positions that follow one another as the outputs that they are.
+template <typename Of>
 void finish(const ConvArgs& args, int block, const Run& run, const float* sums) {
+    const Of of(args, block * kBlock);
     const int images = args.dst.images, y = run.y * args.step + args.y0;
     const float* bias = args.bias + block * kBlock;
     const float* rows = args.rows == nullptr ? nullptr : args.rows + block * kBlock;
@@ -63,7 +92,7 @@ void finish(const ConvArgs& args, int block, const Run& run, const float* sums) 
         const int64_t place = (static_cast<int64_t>(x * args.step + args.x0) * images + image) * kBlock;
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
-            Vec value = load(sums + v * kLanes) + biases[v];
+            Vec value = of.to_value(sums, v * kLanes) + biases[v];
             if (rows != nullptr) value += load(rows + image * args.row_stride + v * kLanes);
             if (add != nullptr) value += load(add + place + v * kLanes);
             store(out + place + v * kLanes, value * args.scale);
@@ -73,19 +102,20 @@ void finish(const ConvArgs& args, int block, const Run& run, const float* sums) 
 }
 
 // `count` positions from row y on, `pitch` a row, of which the first `length` are outputs.
-void do_positions(const ConvArgs& args, int block, const Element* w, int y, int count, int length, int pitch) {
+template <typename Of>
+void do_positions(const ConvArgs& args, int block, const char* w, int y, int count, int length, int pitch) {
     alignas(64) float sums[kMostPositions * kPanel];
     for (int first = 0; first < count; first += kMostPositions) {
         const int done = least(kMostPositions, count - first);
         if (done > kTileRows) {
-            sum_tiles<2>(args, w, y, first, sums);
+            sum_tiles<Of, 2>(args, w, y, first, sums);
         } else {
-            sum_tiles<1>(args, w, y, first, sums);
+            sum_tiles<Of, 1>(args, w, y, first, sums);
         }
         for (int i = 0; i < done;) {
             const int position = (first + i) % pitch, left = least(pitch - position, done - i);
             const int outputs = least(left, length - position);
-            if (outputs > 0) finish(args, block, {y + (first + i) / pitch, position, outputs}, sums + i * kPanel);
+            if (outputs > 0) finish<Of>(args, block, {y + (first + i) / pitch, position, outputs}, sums + i * kPanel);
             i += left;
         }
     }
@@ -99,19 +129,28 @@ int common_pitch(const ConvArgs& args) {
     return static_cast<int>(args.segments[0].row);
 }
 
-}  // namespace
-
 // Rows one by one, or with the border between them as one run where that takes fewer tiles.
-void conv_piece(const ConvArgs& args, int block, int, const void* weights, int from, int to) {
+template <typename Of>
+void do_piece(const ConvArgs& args, int block, const void* weights, int from, int to) {
     const Tiles tiles;
-    const auto* w = static_cast<const Element*>(weights);
+    const auto* w = static_cast<const char*>(weights);
     const int length = args.width * args.dst.images, rows = to - from, pitch = common_pitch(args);
     const int whole = (rows - 1) * pitch + length;
     if (pitch != 0 && divide_up(whole, kTileRows) < rows * divide_up(length, kTileRows)) {
-        do_positions(args, block, w, from, whole, length, pitch);
+        do_positions<Of>(args, block, w, from, whole, length, pitch);
     } else {
-        for (int y = from; y < to; ++y) do_positions(args, block, w, y, length, length, length);
+        for (int y = from; y < to; ++y) do_positions<Of>(args, block, w, y, length, length, length);
     }
+}
+
+}  // namespace
+
+void conv_piece(const ConvArgs& args, int block, int, const void* weights, int from, int to) {
+    do_piece<OfElements>(args, block, weights, from, to);
+}
+
+void conv_piece_of_bytes(const ConvArgs& args, int block, const void* weights, int from, int to) {
+    do_piece<OfBytes>(args, block, weights, from, to);
 }
 
 }  // namespace unetrt::UNETRT_ISA

@@ -15,6 +15,9 @@ namespace {
 constexpr int kEach = kBlock / kLanes;
 constexpr int kGroup = 0, kRms = 1, kLayer = 2;  // As in the C interface.
 
+// Of the sources' lines.
+int count_blocks(const NormArgs& args) { return divide_up(args.dst.channels, kBlock); }
+
 int channels_of(const Maps& maps) { return maps.part[0].channels + (maps.count == 2 ? maps.part[1].channels : 0); }
 
 // The map and its block that are block `block` of both.
@@ -134,7 +137,7 @@ void group_affine(const NormArgs& args, int block, int image, Affine& affine) {
 void make_affine(const NormArgs& args, int block, int image, Affine& affine) {
     for (int i = 0; i < kBlock; ++i) affine.mean[i] = 0, affine.factor[i] = 1;
     if (args.kind == kGroup) group_affine(args, block, image, affine);
-    const int64_t padded = static_cast<int64_t>(args.dst.blocks()) * kBlock;
+    const int64_t padded = static_cast<int64_t>(count_blocks(args)) * kBlock;
     const float* rows = args.rows == nullptr ? nullptr : args.rows + image * args.row_stride + block * kBlock;
     for (int i = 0; i < kBlock; ++i) {
         const int channel = block * kBlock + i;
@@ -148,21 +151,48 @@ void make_affine(const NormArgs& args, int block, int image, Affine& affine) {
     }
 }
 
+// dst as numbers: where image 0 of a pixel of a block of the sources goes, and vector v of it.
+struct ToElements {
+    explicit ToElements(const NormArgs&) {}
+    char* at(const Map& map, int block, int y, int x) const { return static_cast<char*>(map.at(block, y, x)); }
+    void put(char* line, int v, Vec value) const { store(reinterpret_cast<Element*>(line) + v * kLanes, value); }
+    void finish_border(const Map& map, int block, int from, int to) const { clear_border(map, block, from, to); }
+};
+
+#ifdef UNETRT_ELEMENT_BF16
+// dst as bytes, whose lines hold two blocks of the sources.
+struct ToBytes {
+    explicit ToBytes(const NormArgs& args) : steps(args.steps), zero(args.zero) {}
+    char* at(const Map& map, int block, int y, int x) const {
+        return static_cast<char*>(map.at(block / 2, y, x)) + block % 2 * kBlock;
+    }
+    void put(char* line, int v, Vec value) const {
+        store_bytes(reinterpret_cast<uint8_t*>(line) + v * kLanes, value * steps, Ints{} + zero);
+    }
+    void finish_border(const Map& map, int block, int from, int to) const {
+        if (block % 2 == 0) fill_border(map, block / 2, from, to, reinterpret_cast<Vec>(Ints{} + zero * 0x01010101));
+    }
+    float steps;
+    int32_t zero;
+};
+#endif
+
 // A line; add may be null.
-template <Activation kActivation>
+template <Activation kActivation, typename To>
 UNETRT_INLINE void apply_to_pixel(const Element* x, const Element* add, float scale, const Vec* mean, const Vec* factor,
-                                  const Vec* shift, Element* y) {
+                                  const Vec* shift, const To& to, char* y) {
 #pragma GCC unroll 4
     for (int v = 0; v < kEach; ++v) {
         Vec value = activate<kActivation>((load(x + v * kLanes) - mean[v]) * factor[v] + shift[v]);
         if (add != nullptr) value += load(add + v * kLanes);
-        store(y + v * kLanes, value * scale);
+        to.put(y, v, value * scale);
     }
 }
 
 // Group norm, affine and none: channel by channel the same factor for all pixels of an image.
-template <Activation kActivation>
+template <Activation kActivation, typename To>
 void apply_by_channel(const NormArgs& args, int block, int from, int to) {
+    const To stored(args);
     int own = block;
     const Map& map = find_block(args.src, own);
     const int64_t step = static_cast<int64_t>(map.images) * kBlock;
@@ -178,9 +208,9 @@ void apply_by_channel(const NormArgs& args, int block, int from, int to) {
         for (int y = from; y < to; ++y) {
             const Element* in = at(map, own, y, 0) + n * kBlock;
             const Element* add = args.add.data == nullptr ? nullptr : at(args.add, block, y, 0) + n * kBlock;
-            Element* out = at(args.dst, block, y, 0) + n * kBlock;
-            for (int x = 0; x < map.width; ++x, in += step, out += step) {
-                apply_to_pixel<kActivation>(in, add, args.scale, mean, factor, shift, out);
+            char* out = stored.at(args.dst, block, y, 0) + n * kLineBytes;
+            for (int x = 0; x < map.width; ++x, in += step, out += map.images * kLineBytes) {
+                apply_to_pixel<kActivation>(in, add, args.scale, mean, factor, shift, stored, out);
                 add += add == nullptr ? 0 : step;
             }
         }
@@ -189,7 +219,7 @@ void apply_by_channel(const NormArgs& args, int block, int from, int to) {
 
 // Mean (layer norm) and factor of one pixel.
 void normalise_pixel(const NormArgs& args, int y, int x, int image, float& mean, float& factor) {
-    const int channels = channels_of(args.src), blocks = args.dst.blocks();
+    const int channels = channels_of(args.src), blocks = count_blocks(args);
     float total = 0;
     for (int b = 0; args.kind == kLayer && b < blocks; ++b) {
         int own = b;
@@ -214,8 +244,9 @@ void normalise_pixel(const NormArgs& args, int y, int x, int image, float& mean,
     }
 }
 
-template <Activation kActivation>
+template <Activation kActivation, typename To>
 void apply_by_pixel(const NormArgs& args, int from, int to) {
+    const To stored(args);
     const int width = args.dst.width;
     for (int n = 0; n < args.dst.images; ++n)
         for (int y = from; y < to; ++y) {
@@ -223,7 +254,7 @@ void apply_by_pixel(const NormArgs& args, int from, int to) {
             for (int x = 0; x < width; ++x) normalise_pixel(args, y, x, n, kept[2 * x], kept[2 * x + 1]);
         }
     for (int n = 0; n < args.dst.images; ++n)
-        for (int b = 0; b < args.dst.blocks(); ++b) {
+        for (int b = 0; b < count_blocks(args); ++b) {
             Affine affine;
             make_affine(args, b, n, affine);
             int own = b;
@@ -239,7 +270,7 @@ void apply_by_pixel(const NormArgs& args, int from, int to) {
                     }
                     const Element* add = args.add.data == nullptr ? nullptr : at(args.add, b, y, x) + n * kBlock;
                     apply_to_pixel<kActivation>(at(map, own, y, x) + n * kBlock, add, args.scale, mean, factor, shift,
-                                                at(args.dst, b, y, x) + n * kBlock);
+                                                stored, stored.at(args.dst, b, y, x) + n * kLineBytes);
                 }
             }
         }
@@ -247,18 +278,26 @@ void apply_by_pixel(const NormArgs& args, int from, int to) {
 
 bool is_by_pixel(const NormArgs& args) { return args.kind == kRms || args.kind == kLayer; }
 
-template <Activation kActivation>
-void apply(const NormArgs& args, int item) {
+template <Activation kActivation, typename To>
+void apply_to(const NormArgs& args, int item) {
     const int pieces = divide_up(args.dst.height, rows_a_piece(args.dst));
     const int from = item % pieces * rows_a_piece(args.dst);
     const int to = least(from + rows_a_piece(args.dst), args.dst.height);
     if (is_by_pixel(args)) {
-        apply_by_pixel<kActivation>(args, from, to);
-        for (int b = 0; b < args.dst.blocks(); ++b) clear_border(args.dst, b, from, to);
+        apply_by_pixel<kActivation, To>(args, from, to);
+        for (int b = 0; b < count_blocks(args); ++b) To(args).finish_border(args.dst, b, from, to);
     } else {
-        apply_by_channel<kActivation>(args, item / pieces, from, to);
-        clear_border(args.dst, item / pieces, from, to);
+        apply_by_channel<kActivation, To>(args, item / pieces, from, to);
+        To(args).finish_border(args.dst, item / pieces, from, to);
     }
+}
+
+template <Activation kActivation>
+void apply(const NormArgs& args, int item) {
+#ifdef UNETRT_ELEMENT_BF16
+    if (args.steps > 0) return apply_to<kActivation, ToBytes>(args, item);
+#endif
+    apply_to<kActivation, ToElements>(args, item);
 }
 
 }  // namespace
@@ -284,7 +323,7 @@ int64_t norm_workspace(const NormArgs& args) {
 
 int norm_items(const NormArgs& args) {
     const int pieces = divide_up(args.dst.height, rows_a_piece(args.dst));
-    return is_by_pixel(args) ? pieces : args.dst.blocks() * pieces;
+    return is_by_pixel(args) ? pieces : count_blocks(args) * pieces;
 }
 
 void norm(const NormArgs& args, int item) {

@@ -1,6 +1,9 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <string>
+
+#include "error.h"
 
 namespace unetrt {
 
@@ -8,6 +11,8 @@ namespace {
 
 // Pixels that a tap of stride 1 of a convolution reaches beyond its map: up and left, down and right.
 int32_t reach(int32_t offset, int32_t out, int32_t in) { return std::max(-offset, out - 1 + offset - (in - 1)); }
+
+int32_t divide_up(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
 int32_t halve_down(int32_t value) { return value >= 0 ? value / 2 : (value - 1) / 2; }
 
@@ -19,7 +24,14 @@ class Planner {
         plan_.out_channels = program.out_channels;
         plan_.row_width = program.row_width;
         plan_.weights = program.weights;
-        for (const MapShape& map : program.maps) plan_.maps.push_back({map.channels, map.height, map.width, 0, 0, 0, -1, -1, -1});
+        for (const MapShape& map : program.maps) {
+            new_map(map.channels, map.height, map.width);
+            plan_.maps.back().scale = map.scale;
+            plan_.maps.back().zero = map.zero;
+            if (!map.has_bytes()) continue;
+            if (!kernels.takes_pairs) throw Error(std::string("instruction set ") + kernels.name + " has no bytes; take bf16");
+            plan_.maps.back().block = kBytesBlock;
+        }
     }
 
     Plan make() {
@@ -29,7 +41,7 @@ class Planner {
         }
         for (PlanMap& map : plan_.maps) {
             const int64_t cells = static_cast<int64_t>(map.height + 2 * map.border) * (map.width + 2 * map.border);
-            map.size = cells * blocks(map.channels);
+            map.size = cells * divide_up(map.channels, map.block);
         }
         plan_.arena = place_maps(plan_.maps);
         return std::move(plan_);
@@ -51,7 +63,10 @@ class Planner {
     }
 
     int32_t pad_channels(int32_t channels) const { return round_up(channels, kernels_.block); }
-    int32_t blocks(int32_t channels) const { return pad_channels(channels) / kernels_.block; }
+
+    int32_t count_channels(const int32_t (&maps)[2]) {
+        return map(maps[0]).channels + (maps[1] == -1 ? 0 : map(maps[1]).channels);
+    }
 
     PlanMap& map(int32_t index) { return plan_.maps[static_cast<size_t>(index)]; }
 
@@ -66,7 +81,7 @@ class Planner {
     }
 
     int32_t new_map(int32_t channels, int32_t height, int32_t width) {
-        plan_.maps.push_back({channels, height, width, 0, 0, 0, -1, -1, -1});
+        plan_.maps.push_back({channels, height, width, 0, 0, 0, kernels_.block, 0, 0, -1, -1, -1});
         return static_cast<int32_t>(plan_.maps.size()) - 1;
     }
 
@@ -171,6 +186,7 @@ class Planner {
     }
 
     void lower_conv(const unetrt_operator& op) {
+        if (map(op.src[0]).scale > 0 && op.extra[0] != -1) return lower_extra(op);
         if (op.mode == UNETRT_PLAIN) {
             ConvStep step = start_conv(op, 1, 0, 0);
             if (op.stride == 1) {
@@ -192,6 +208,24 @@ class Planner {
             }
             add_conv(std::move(step));
         }
+    }
+
+    // A convolution of bytes whose sum goes on with one of numbers: the latter first, as what is added.
+    void lower_extra(unetrt_operator op) {
+        const PlanMap dst = map(op.dst);
+        unetrt_operator extra = op;
+        extra.dst = new_map(dst.channels, dst.height, dst.width);
+        std::copy(op.extra, op.extra + 2, extra.src);
+        extra.weight = op.extra_weight;
+        extra.bias = op.extra_bias;
+        extra.kernel = 1;
+        extra.pad = 0;
+        extra.row = extra.extra[0] = extra.extra[1] = -1;
+        extra.scale = 1;
+        lower_conv(extra);
+        op.add = extra.dst;
+        op.extra[0] = op.extra[1] = -1;
+        lower_conv(op);
     }
 
     int64_t pack_biases(const unetrt_operator& op) {
@@ -217,6 +251,7 @@ class Planner {
         conv.scale = op.scale;
         conv.out_channels = dst.channels;
         conv.clears_border = y0 == 0 && x0 == 0;
+        conv.offsets = conv.factors = -1;
         if (step == 1) {
             conv.bias = pack_biases(op);
             conv.row = pad_row(op.row, dst.channels, 1);
@@ -234,19 +269,19 @@ class Planner {
     }
 
     void add_plain_taps(const unetrt_operator& op, ConvStep& step) {
-        const int32_t k = op.kernel, in = count_channels(program_, op.src);
+        const int32_t k = op.kernel, in = count_channels(op.src);
         for (int32_t i = 0; i < k * k; ++i) {
             const TapWeights weights{{op.weight + i, 0, 0, 0}, 1, static_cast<int64_t>(in) * k * k, k * k};
             add_taps(op.src, i / k - op.pad, i % k - op.pad, weights, step);
         }
         if (op.extra[0] == -1) return;
-        const int32_t extra = count_channels(program_, op.extra);
+        const int32_t extra = count_channels(op.extra);
         add_taps(op.extra, 0, 0, {{op.extra_weight, 0, 0, 0}, 1, extra, 1}, step);
     }
 
     // The source's pixels by the parity of their row and column, so that every tap has stride 1.
     void add_strided_taps(const unetrt_operator& op, ConvStep& step) {
-        const int32_t k = op.kernel, in = count_channels(program_, op.src);
+        const int32_t k = op.kernel, in = count_channels(op.src);
         for (const int32_t source : op.src) {
             if (source == -1) continue;
             const PlanMap shape = map(source);
@@ -267,7 +302,7 @@ class Planner {
     // Pixel 2 y + phase of the repeated map is pixel y + halve_down(phase + k - 1) of the map for row k of the kernel, so
     // that three rows meet two.
     void add_upsampled_taps(const unetrt_operator& op, ConvStep& step) {
-        const int32_t in = count_channels(program_, op.src);
+        const int32_t in = count_channels(op.src);
         for (int32_t dy = -1; dy <= 1; ++dy)
             for (int32_t dx = -1; dx <= 1; ++dx) {
                 TapWeights weights{{0, 0, 0, 0}, 0, static_cast<int64_t>(in) * 9, 9};
@@ -292,19 +327,24 @@ class Planner {
     void add_conv(ConvStep step) {
         int64_t inputs = 0;
         int32_t most = 0;
+        const bool has_bytes = map(step.taps.front().map).scale > 0;
         for (const Tap& tap : step.taps) {
             const PlanMap& source = map(tap.map);
             read(tap.map);
             most = std::max({most, reach(tap.dy, step.height, source.height), reach(tap.dx, step.width, source.width)});
-            inputs += kernels_.takes_pairs ? pad_channels(tap.channels) : tap.channels;
+            inputs += kernels_.takes_pairs ? round_up(tap.channels, source.block) : tap.channels;
         }
         // One border for all, so that rows of all sources are as far apart.
         for (const Tap& tap : step.taps) map(tap.map).border = std::max(map(tap.map).border, most);
         read(step.add);
         write(step.dst);
-        const int64_t halves = kernels_.takes_pairs ? 1 : 2;
-        step.panel_floats = inputs * kernels_.panel * halves / 2;
-        step.weights = reserve(inputs * pad_channels(step.out_channels) * halves / 2);
+        const int64_t bytes = has_bytes ? 1 : kernels_.takes_pairs ? 2 : 4;
+        step.panel_floats = inputs * kernels_.panel * bytes / 4;
+        step.weights = reserve(inputs * pad_channels(step.out_channels) * bytes / 4);
+        if (has_bytes) {
+            step.offsets = reserve(pad_channels(step.out_channels));
+            step.factors = reserve(pad_channels(step.out_channels));
+        }
         plan_.steps.push_back(std::move(step));
     }
 

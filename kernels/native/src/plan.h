@@ -13,6 +13,9 @@ namespace unetrt {
 
 struct PlanMap {
     int32_t channels, height, width, border;
+    // As in MapShape, and the channels of a line.
+    float scale;
+    int32_t zero, block;
     // First line in the arena, and lines, of one image.
     int64_t offset, size;
     // The steps that write it and that read it last.
@@ -53,6 +56,8 @@ struct ConvStep {
     // In the packed array and in the padded rows; row -1: none.
     int64_t weights, bias, row;
     int64_t panel_floats;
+    // Of a source of bytes: what ConvArgs needs of it, in the packed array; -1: it has none.
+    int64_t offsets, factors;
 };
 
 struct NormStep {

@@ -1,5 +1,6 @@
 #include "program.h"
 
+#include <cmath>
 #include <cstring>
 #include <string>
 
@@ -9,9 +10,11 @@ namespace unetrt {
 
 namespace {
 
-constexpr size_t kHeader = 8, kMapWords = 3, kOperatorWords = 24;
+constexpr size_t kHeader = 8, kMapWords = 5, kOperatorWords = 24;
 static_assert(sizeof(unetrt_operator) == kOperatorWords * sizeof(int32_t));
 constexpr int32_t kMostMaps = 1 << 16, kMostChannels = 1 << 18, kMostPixels = 1 << 14;
+// Products of bytes whose sum an int32 holds.
+constexpr int64_t kMostProducts = 66000;
 
 std::string text(int64_t value) { return std::to_string(value); }
 
@@ -26,6 +29,7 @@ class Checker {
         if (op_->code != UNETRT_OUTPUT) {
             require(is_map(op_->dst), "dst names no map", op_->dst);
             require(!written_[static_cast<size_t>(op_->dst)], "writes a map for the second time", op_->dst);
+            require(op_->code == UNETRT_NORM || !dst().has_bytes(), "writes bytes, and is no norm", op_->dst);
         }
         switch (op_->code) {
             case UNETRT_INPUT: check_input(); break;
@@ -62,6 +66,11 @@ class Checker {
     const MapShape& dst() const { return shape(op_->dst); }
 
     void require_source(int32_t map) const {
+        require_written(map);
+        require(!shape(map).has_bytes(), "reads bytes, and is no plain convolution of them alone", map);
+    }
+
+    void require_written(int32_t map) const {
         require(is_map(map) && written_[static_cast<size_t>(map)], "reads a map that was not written", map);
         require(map != op_->dst, "reads the map that it writes", map);
     }
@@ -79,7 +88,7 @@ class Checker {
             require_source(maps[1]);
             require_size(maps[1], height, width);
         }
-        return count_channels(program_, maps);
+        return shape(maps[0]).channels + (maps[1] == -1 ? 0 : shape(maps[1]).channels);
     }
 
     void require_single() const { require(op_->src[1] == -1, "takes one source", op_->src[1]); }
@@ -117,9 +126,9 @@ class Checker {
         const int64_t k = op_->kernel, out = dst().channels;
         require(k >= 1 && k <= 7, "kernel is not in 1 to 7", k);
         require(op_->pad >= 0 && op_->pad < 8, "pad is not in 0 to 7", op_->pad);
-        require_source(op_->src[0]);
+        require_written(op_->src[0]);
         const int32_t height = shape(op_->src[0]).height, width = shape(op_->src[0]).width;
-        const int64_t in = require_sources(op_->src, height, width);
+        const int64_t in = require_conv_sources(height, width);
         require_conv_size(height, width);
         require_weights(op_->weight, in * out * k * k, false);
         require_weights(op_->bias, out, true);
@@ -130,6 +139,15 @@ class Checker {
         const int64_t extra = require_sources(op_->extra, dst().height, dst().width);
         require_weights(op_->extra_weight, extra * out, false);
         require_weights(op_->extra_bias, out, true);
+    }
+
+    int64_t require_conv_sources(int32_t height, int32_t width) const {
+        if (!shape(op_->src[0]).has_bytes()) return require_sources(op_->src, height, width);
+        require_single();
+        require(op_->mode == UNETRT_PLAIN && op_->stride == 1, "bytes need mode plain and stride 1", op_->mode);
+        const int64_t channels = shape(op_->src[0]).channels, products = channels * op_->kernel * op_->kernel;
+        require(products <= kMostProducts, "too many products of bytes for one sum", products);
+        return channels;
     }
 
     void require_conv_size(int32_t height, int32_t width) const {
@@ -229,13 +247,21 @@ int32_t require_range(int32_t value, int32_t least, int32_t most, const char* wh
                 "; build the program again");
 }
 
-}  // namespace
-
-int32_t count_channels(const Program& program, const int32_t (&maps)[2]) {
-    int32_t total = 0;
-    for (const int32_t map : maps) total += map == -1 ? 0 : program.maps[static_cast<size_t>(map)].channels;
-    return total;
+MapShape read_map(const int32_t* words) {
+    MapShape map{require_range(words[0], 1, kMostChannels, "channels of a map"),
+                 require_range(words[1], 1, kMostPixels, "height of a map"),
+                 require_range(words[2], 1, kMostPixels, "width of a map")};
+    std::memcpy(&map.scale, words + 3, sizeof map.scale);
+    const bool is_scale = std::isnormal(map.scale) && std::isnormal(1 / map.scale) && map.scale > 0;
+    if (words[3] != 0 && !is_scale) {
+        throw Error("the scale of a map is " + std::to_string(map.scale) + "; expected 0 or a positive number; build " +
+                    "the program again");
+    }
+    map.zero = require_range(words[4], 0, map.has_bytes() ? 255 : 0, "the zero of a map");
+    return map;
 }
+
+}  // namespace
 
 Program read_program(const int32_t* words, uint64_t count) {
     if (words == nullptr || count < kHeader || words[0] != UNETRT_MAGIC) {
@@ -256,10 +282,7 @@ Program read_program(const int32_t* words, uint64_t count) {
     program.row_width = require_range(words[6], 0, 1 << 24, "the row width");
     program.weights = require_range(words[7], 0, INT32_MAX, "the number of weights");
     for (size_t i = 0; i < maps; ++i) {
-        const int32_t* map = words + kHeader + i * kMapWords;
-        program.maps.push_back({require_range(map[0], 1, kMostChannels, "channels of a map"),
-                                require_range(map[1], 1, kMostPixels, "height of a map"),
-                                require_range(map[2], 1, kMostPixels, "width of a map")});
+        program.maps.push_back(read_map(words + kHeader + i * kMapWords));
     }
     program.operators.resize(operators);
     std::memcpy(program.operators.data(), words + kHeader + maps * kMapWords, operators * sizeof(unetrt_operator));

@@ -8,8 +8,13 @@
 
 namespace unetrt {
 
+// scale: 0, or what one step of its bytes stands for; zero: the byte of 0.
 struct MapShape {
     int32_t channels, height, width;
+    float scale = 0;
+    int32_t zero = 0;
+
+    bool has_bytes() const { return scale > 0; }
 };
 
 struct Program {
@@ -21,8 +26,5 @@ struct Program {
 
 // Raises Error for anything that the operators' definitions do not allow.
 Program read_program(const int32_t* words, uint64_t count);
-
-// Channels of the maps named, -1 left out.
-int32_t count_channels(const Program& program, const int32_t (&maps)[2]);
 
 }  // namespace unetrt

@@ -45,7 +45,7 @@ class Binder {
         if (index == -1) return Map{};
         const PlanMap& m = plan_.maps[static_cast<size_t>(index)];
         float* data = places_.maps == nullptr ? nullptr : places_.maps + m.offset * batch_ * kLineFloats;
-        return {data, m.channels, m.height, m.width, m.border, batch_, kernels_.block};
+        return {data, m.channels, m.height, m.width, m.border, batch_, m.block};
     }
 
     Maps maps(const int32_t (&indices)[2]) const {
@@ -75,8 +75,8 @@ class Binder {
         auto segments = std::make_unique<std::vector<Segment>>();
         for (const Tap& tap : step.taps) {
             const Map source = map(tap.map);
-            const int32_t blocks = round_up(tap.channels, kernels_.block) / kernels_.block;
-            const int32_t last = tap.channels - (blocks - 1) * kernels_.block;
+            const int32_t blocks = round_up(tap.channels, source.block) / source.block;
+            const int32_t last = tap.channels - (blocks - 1) * source.block;
             segments->push_back({source.at(tap.block, tap.dy, tap.dx), source.plane(), source.row(), blocks, last});
         }
         bound_.segments.push_back(std::move(segments));
@@ -106,6 +106,8 @@ class Binder {
         args.segment_count = static_cast<int32_t>(segments.size());
         args.weights = packed(step.weights);
         args.panel_floats = step.panel_floats;
+        args.offsets = reinterpret_cast<const int32_t*>(packed(step.offsets));
+        args.factors = packed(step.factors);
         args.bias = packed(step.bias);
         args.rows = rows(step.row);
         args.row_stride = plan_.padded_rows;
@@ -131,6 +133,9 @@ class Binder {
         args.add = map(step.add);
         args.scale = step.scale;
         args.eps = step.eps;
+        const PlanMap& dst = plan_.maps[static_cast<size_t>(step.dst)];
+        args.steps = dst.scale > 0 ? 1 / dst.scale : 0;
+        args.zero = dst.zero;
         args.kind = step.kind;
         args.groups = step.groups;
         args.activation = static_cast<Activation>(step.activation);

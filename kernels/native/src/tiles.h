@@ -1,4 +1,4 @@
-// AMX: eight tiles of 16 rows of 64 bytes, and sums of products of pairs of bfloat16. A test build has them in plain C++,
+// AMX: eight tiles of 16 rows of 64 bytes, and sums of products of pairs of bfloat16 or fours of bytes. A test build has them in plain C++,
 // for processors that lack them.
 #pragma once
 
@@ -16,6 +16,7 @@ constexpr int kTileRows = 16;
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
+#undef _tile_dpbusd
 
 struct EmulatedTile {
     uint32_t words[kTileRows][16];
@@ -45,6 +46,19 @@ UNETRT_INLINE void _tile_dpbf16ps(int sums, int a, int b) {
                 __builtin_memcpy(&sum, &emulated_tiles[sums].words[r][c], sizeof sum);
                 for (int upper = 0; upper < 2; ++upper) sum += half_of(x, upper != 0) * half_of(y, upper != 0);
                 __builtin_memcpy(&emulated_tiles[sums].words[r][c], &sum, sizeof sum);
+            }
+}
+
+UNETRT_INLINE void _tile_dpbusd(int sums, int a, int b) {
+    for (int r = 0; r < kTileRows; ++r)
+        for (int k = 0; k < 16; ++k)
+            for (int c = 0; c < 16; ++c) {
+                const uint32_t x = emulated_tiles[a].words[r][k], y = emulated_tiles[b].words[k][c];
+                int32_t sum = 0;
+                for (int i = 0; i < 32; i += 8) {
+                    sum += static_cast<int32_t>(x >> i & 0xff) * static_cast<int8_t>(y >> i & 0xff);
+                }
+                emulated_tiles[sums].words[r][c] += static_cast<uint32_t>(sum);
             }
 }
 

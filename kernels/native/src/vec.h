@@ -49,6 +49,17 @@ UNETRT_INLINE Pairs splat_pair(const Element* p) {
 UNETRT_INLINE Vec add_products(Pairs a, Pairs b, Vec sum) {
     return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), a, b));
 }
+// Four channels in each lane, of unsigned bytes and of signed ones, whose products are summed.
+using Fours = __m512i;
+UNETRT_INLINE Fours load_fours(const int8_t* p) { return _mm512_loadu_si512(p); }
+UNETRT_INLINE Fours splat_four(const uint8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    return _mm512_set1_epi32(four);
+}
+UNETRT_INLINE Ints add_products(Fours unsigned_bytes, Fours signed_bytes, Ints sum) {
+    return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), unsigned_bytes, signed_bytes));
+}
 UNETRT_INLINE float to_float(Element x) {
     const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
     float value;
@@ -67,6 +78,10 @@ UNETRT_INLINE Element to_element(float x) { return x; }
 // Channels of a line.
 constexpr int kBlock = 64 / sizeof(Element);
 UNETRT_INLINE Vec splat(float x) { return x - Vec{}; }
+UNETRT_INLINE Ints load(const int32_t* p) {
+    typedef int32_t IntsUnaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+    return *reinterpret_cast<const IntsUnaligned*>(p);
+}
 UNETRT_INLINE Vec pick(Ints mask, Vec a, Vec b) { return mask ? a : b; }
 UNETRT_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 UNETRT_INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
@@ -118,6 +133,17 @@ UNETRT_INLINE Vec exp(Vec x) {
 }
 
 #ifdef UNETRT_ELEMENT_BF16
+// Rounded to the nearest byte, ties to even; NaN becomes 0.
+UNETRT_INLINE void store_bytes(uint8_t* p, Vec v, Ints zero) {
+    // Held where an int32 has it; what is no number becomes the smallest integer.
+    const Vec held = pick(v > 1024.0f, splat(1024.0f), v);
+    const Ints whole = reinterpret_cast<Ints>(_mm512_maskz_cvtps_epi32(0xffff, reinterpret_cast<__m512>(held)));
+    const Ints byte = (whole < -1024 ? -zero : whole) + zero;
+    const Ints positive = byte < 0 ? Ints{} : byte;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm512_maskz_cvtusepi32_epi8(0xffff, reinterpret_cast<__m512i>(positive)));
+}
+
 // exp(x) for x held in [-86, 86], within 3e-6 of itself; NaN stays. 2^r on [-1/2, 1/2] by a minimax polynomial of degree 4.
 UNETRT_INLINE Vec approximate_exp(Vec x) {
     const Vec magic = splat(12582912.0f);

@@ -6,16 +6,17 @@
 namespace unetrt::check {
 namespace {
 
-constexpr size_t kHeader = 8;
+constexpr size_t kHeader = 8, kMapWords = 5;
 constexpr int kLargest = 64;  // Of the maps that are run.
 
-// Every operator once.
-std::vector<int32_t> make_program() {
+// Every operator once. scale: 0, or what makes one of its convolutions read bytes.
+std::vector<int32_t> make_program(float scale) {
     ProgramBuilder builder({3, 4, 6}, 40);
     const Shape full{12, 4, 6}, wide{36, 4, 6}, half{12, 2, 3};
     const int first = builder.add_map(full), normed = builder.add_map(full), joined = builder.add_map({24, 4, 6});
     const int qkv = builder.add_map(wide), attended = builder.add_map(full), linear = builder.add_map(full);
     const int small = builder.add_map(half), added = builder.add_map(half), end = builder.add_map({2, 4, 6});
+    const int bytes = builder.add_map({12, 2, 3, scale, scale > 0 ? 20 : 0}), convolved = builder.add_map(half);
     unetrt_operator conv = make_operator(UNETRT_CONV, first, 0);
     conv.weight = builder.add_weights(12 * 3 * 9);
     conv.kernel = 3;
@@ -54,7 +55,19 @@ std::vector<int32_t> make_program() {
     down.kind = UNETRT_AVERAGE_DOWN;
     builder.add(down);
     builder.add(make_operator(UNETRT_ADD, added, small, small));
-    unetrt_operator last = make_operator(UNETRT_CONV, end, added);
+    unetrt_operator activated = make_operator(UNETRT_NORM, bytes, added);
+    activated.kind = UNETRT_NO_NORM;
+    activated.activation = UNETRT_SILU;
+    builder.add(activated);
+    unetrt_operator middle = make_operator(UNETRT_CONV, convolved, bytes);
+    middle.weight = builder.add_weights(12 * 12 * 9);
+    middle.kernel = 3;
+    middle.stride = middle.pad = 1;
+    middle.row = 3;
+    middle.extra[0] = small;
+    middle.extra_weight = builder.add_weights(12 * 12);
+    builder.add(middle);
+    unetrt_operator last = make_operator(UNETRT_CONV, end, convolved);
     last.weight = builder.add_weights(2 * 12 * 9);
     last.kernel = 3;
     last.stride = last.pad = 1;
@@ -65,7 +78,7 @@ std::vector<int32_t> make_program() {
 
 bool is_small(const std::vector<int32_t>& words) {
     for (size_t i = 0; i < 3 * static_cast<size_t>(words[2]); ++i)
-        if (words[kHeader + i] > kLargest) return false;
+        if (words[kHeader + i / 3 * kMapWords + i % 3] > kLargest) return false;
     return words[7] < 1 << 20 && words[6] < 1 << 16;
 }
 
@@ -151,11 +164,13 @@ void check_counts(const std::vector<int32_t>& words) {
 }  // namespace unetrt::check
 
 int main() {
-    const auto words = unetrt::check::make_program();
+    const auto words = unetrt::check::make_program(0), with_bytes = unetrt::check::make_program(0.02f);
     unetrt::check::check_counts(words);
     for (const int isa : unetrt::check::instruction_sets()) {
         unetrt::check::expect(unetrt::check::try_program(words, isa), "the program is accepted");
-        unetrt::check::check_every_word(words, isa);
+        const bool has_bytes = unetrt::check::try_program(with_bytes, isa);
+        unetrt::check::expect(has_bytes == (isa >= UNETRT_ISA_AVX512_BF16), "bytes are for sets of bf16");
+        unetrt::check::check_every_word(has_bytes ? with_bytes : words, isa);
     }
     return unetrt::check::failures == 0 ? 0 : 1;
 }

@@ -22,8 +22,11 @@ struct FreeEngine {
 using Network = std::unique_ptr<unetrt_network, FreeNetwork>;
 using Engine = std::unique_ptr<unetrt_engine, FreeEngine>;
 
+// scale, zero: of bytes.
 struct Shape {
     int channels, height, width;
+    float scale = 0;
+    int zero = 0;
 };
 
 // Fields that an operator does not use are -1 or 0.
@@ -62,7 +65,11 @@ class ProgramBuilder {
         std::vector<int32_t> words = {UNETRT_MAGIC, UNETRT_FORMAT, static_cast<int32_t>(maps_.size()),
                                       static_cast<int32_t>(operators_.size()), in_.channels,
                                       maps_[static_cast<size_t>(output)].channels, row_width_, weights_};
-        for (const Shape& map : maps_) words.insert(words.end(), {map.channels, map.height, map.width});
+        for (const Shape& map : maps_) {
+            int32_t scale;
+            std::memcpy(&scale, &map.scale, sizeof scale);
+            words.insert(words.end(), {map.channels, map.height, map.width, scale, map.zero});
+        }
         const auto first = reinterpret_cast<const int32_t*>(operators_.data());
         words.insert(words.end(), first, first + operators_.size() * sizeof(unetrt_operator) / sizeof(int32_t));
         return words;
