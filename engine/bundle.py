@@ -4,7 +4,8 @@
     unet.safetensors     fp32 weights under our names (eager backend)
     unet.int8.json       ranges for the CPU engine's 8-bit convolutions (engine.backends.native_int8), where asked for
     unet.onnx            fp32, dynamic batch;  unet.fp16.onnx (or bf16, int8) and *.plan where they were built
-    classifier.onnx      a classifier's input gradient, where one was given;  classifier.fp16.onnx beside it
+    classifier.onnx      a classifier's input gradient, where one was given;  classifier.fp16.onnx beside it, and
+                         classifier.safetensors, its weights under our names (native backend)
 
 Nothing in it is pickled or executed. Opening never writes; it checks the manifest's own hash and, when a file is
 asked for, that file's.
@@ -32,6 +33,7 @@ FP16_ONNX_NAME = "unet.fp16.onnx"
 INT8_NAME = "unet.int8.json"
 CLASSIFIER_NAME = "classifier.onnx"
 CLASSIFIER_FP16_NAME = "classifier.fp16.onnx"
+CLASSIFIER_WEIGHTS_NAME = "classifier.safetensors"
 _REBUILD = "build it again with: python -m export.to_trt CHECKPOINT"
 
 

@@ -14,15 +14,24 @@ import torch
 from torch import Tensor
 
 from engine.backends.eager import checkpoint_manifest
+from engine.backends.native import find_isa
+from engine.backends.native_guide import NativeGuide
 from engine.backends.ort import OrtGuide
 from engine.backends.ov import OpenVINOGuide
-from engine.bundle import CLASSIFIER_FP16_NAME, CLASSIFIER_NAME, ClassifierEntry, Measurement
+from engine.bundle import (
+    CLASSIFIER_FP16_NAME,
+    CLASSIFIER_NAME,
+    CLASSIFIER_WEIGHTS_NAME,
+    ClassifierEntry,
+    Measurement,
+)
 from engine.checkpoint import Checkpoint
 from engine.classifier import AutogradGuide, Classifier
-from engine.errors import CheckpointError, ExportError, MissingPackageError
+from engine.errors import BackendError, CheckpointError, ExportError, MissingPackageError
 from export.gradient import GradientGraph, export_gradient, half_classifier, trace_gradient
 from export.precision import GpuHalf
 from export.verify import Case, Difference, check, join, real_cases
+from export.weights import save_weights
 
 BATCHES = (1, 2, 5, 8)
 """Batch sizes that the one dynamic graph is measured with."""
@@ -40,6 +49,8 @@ LIMITS = {
     # Logits rounded to 11 bits move 1 - p by as much as they are off, and every operator rounds: 7e-4 to 7e-3
     # measured. A gradient lost below float16's range gives 0.5 and more, an overflow infinity.
     "fp16": 5e-2,
+    # Eight bits at every map of both passes: 1e-2 to 4e-2 measured. Its range is fp32's, so nothing is lost below it.
+    "bf16": 2e-1,
 }
 """Largest rms error accepted, relative to the rms of autograd's gradient, for each precision."""
 
@@ -48,6 +59,8 @@ LOG_P_LIMITS = {
     "fp32": 2e-5,
     # Eleven bits of logits of order 10: 1e-6 to 3e-4 measured on one classifier, more where logits are larger.
     "fp16": 5e-2,
+    # Eight bits of what the logits, themselves fp32, are made of: 1e-3 to 2e-2 measured.
+    "bf16": 2e-1,
 }
 """The same for log_p, relative to its rms or to one nat where that is larger."""
 
@@ -96,7 +109,7 @@ def check_fit(classifier: Checkpoint, checkpoint: Checkpoint) -> None:
 
 
 def export_classifier(folder: Path, classifier: Checkpoint, checkpoint: Checkpoint, fp16: bool) -> ClassifierResult:
-    """Write classifier.onnx (and classifier.fp16.onnx) into folder and measure what this machine can run.
+    """Write classifier.onnx (and classifier.fp16.onnx) and its weights into folder and measure what can run here.
 
     checkpoint: the U-Net whose trajectories give x_t. Raises CheckpointError for a classifier that does not fit it,
     ExportError for a graph that cannot be built or differs from autograd by too much, OSError.
@@ -105,8 +118,9 @@ def export_classifier(folder: Path, classifier: Checkpoint, checkpoint: Checkpoi
     network = classifier.classifier()
     calls = real_cases(checkpoint.unet(), checkpoint_manifest(checkpoint))
     cases = guide_cases(network, calls)
-    precision = {CLASSIFIER_NAME: "fp32 throughout"}
+    precision = dict.fromkeys((CLASSIFIER_NAME, CLASSIFIER_WEIGHTS_NAME), "fp32 throughout")
     export_gradient(network, folder / CLASSIFIER_NAME)
+    save_weights(classifier.weights, folder / CLASSIFIER_WEIGHTS_NAME)
     gain: float | None = None
     rounded: GradientGraph | None = None
     if fp16:
@@ -187,6 +201,13 @@ def _row_rms(grad: Tensor, scale: Tensor) -> Tensor:
 
 def _guides(folder: Path, network: Classifier, half: GradientGraph | None) -> Iterator[tuple[str, str, str, Guide]]:
     """(artefact, runner, precision, guide) of what this machine can run; asking for the next releases one."""
+    for precision in ("fp32", "bf16"):
+        try:
+            native = NativeGuide.from_weights(network.config, network.state_dict(), isa=find_isa(precision))
+        except BackendError:
+            continue
+        yield CLASSIFIER_WEIGHTS_NAME, "native cpu", precision, native
+        native.close()
     kinds: list[tuple[str, str, str, type[OrtGuide] | type[OpenVINOGuide]]] = [
         (CLASSIFIER_NAME, "onnxruntime cpu", "fp32", OrtGuide),
         (CLASSIFIER_NAME, "openvino cpu", "fp32", OpenVINOGuide),

@@ -12,7 +12,7 @@ import dataclasses
 import importlib.metadata
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -47,6 +47,7 @@ from export.planner import Fp32Part, plan_fp16
 from export.precision import NOTES, Precision, typed_unet
 from export.quantise import quantise
 from export.verify import Case, Typed, real_cases, verify
+from export.weights import save_weights
 
 logger = logging.getLogger(__name__)
 
@@ -159,14 +160,6 @@ def _plan_sources(typed: Typed | None, classifier: ClassifierEntry | None) -> li
     if typed is None:
         return [ONNX_NAME] + ([CLASSIFIER_NAME] if classifier is not None else [])
     return [typed.file] + ([CLASSIFIER_FP16_NAME] if classifier is not None else [])
-
-
-def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors; raises OSError."""
-    from safetensors.torch import save
-
-    # Through Python's own write: safetensors' gives the file a private mode and hides the error of a full disk.
-    path.write_bytes(save({name: value.contiguous() for name, value in weights.items()}))
 
 
 def export_onnx(unet: UNet, path: Path) -> None:

@@ -6,7 +6,7 @@ It reads the words as that file describes them and shares nothing with what writ
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -70,6 +70,7 @@ class Run:
     rows: Tensor
     maps: dict[int, Tensor] = field(default_factory=dict)
     output: Tensor | None = None
+    log_p: Tensor | None = None
 
     def shape(self, index: int) -> list[int]:
         return self.words[HEADER + MAP * index :][:3].tolist()
@@ -253,6 +254,63 @@ def _resample(run: Run, op: Op) -> Tensor:
     return run.added(RESAMPLINGS[op.kind](run.cat(op.src), op.pad), op)
 
 
+def _to_tokens(run: Run, op: Op) -> Tensor:
+    assert len(op.src) == 1
+    pixels = run.cat(op.src).flatten(2)
+    tokens = torch.cat([pixels.mean(2, keepdim=True), pixels], 2)
+    return (tokens + run.optional(op.weight, *tokens.shape[1:]))[:, :, None]
+
+
+def _to_pixels(run: Run, op: Op) -> Tensor:
+    assert len(op.src) == 1
+    tokens = run.cat(op.src)[:, :, 0]
+    pixels = tokens[:, :, 1:] + tokens[:, :, :1] / (tokens.shape[2] - 1)
+    return pixels.reshape(len(tokens), *run.shape(op.dst))
+
+
+def _classify(run: Run, op: Op) -> Tensor:
+    assert len(op.src) == 1
+    assert run.log_p is None
+    x = run.cat(op.src)
+    weight = run.take(op.weight, op.groups, x.shape[1])
+    log_p = (x[:, :, 0, 0] @ weight.T + run.take(op.bias, op.groups)).log_softmax(1)
+    label, factor = run.rows[:, op.row].long(), run.rows[:, op.row + 1]
+    run.log_p = log_p[torch.arange(len(x)), label]
+    cotangent = F.one_hot(label, op.groups) - log_p.exp()
+    result = torch.zeros_like(x)
+    result[:, :, 0, 0] = (cotangent * factor[:, None]) @ weight
+    return result
+
+
+def _gradient(run: Run, op: Op, forward: Callable[[Run, Op], Tensor]) -> Tensor:
+    """By autograd, of the operator `forward` with src[0] alone."""
+    given, cotangent = op.src
+    x = run.maps[given].detach().requires_grad_(True)
+    kept = run.maps
+    run.maps = kept | {given: x}
+    made = forward(run, replace(op, src=[given], add=-1, scale=1.0 if op.code == 12 else 0.0))
+    run.maps = kept
+    return run.added(torch.autograd.grad(made, x, kept[cotangent])[0], op)
+
+
+def _norm_gradient(run: Run, op: Op) -> Tensor:
+    assert op.kind == 0
+    return _gradient(run, op, _norm)
+
+
+def _attention_gradient(run: Run, op: Op) -> Tensor:
+    assert (op.memory, op.scale) == (0, 0)
+    inner = op.heads * op.dim
+
+    def mix(run: Run, op: Op) -> Tensor:
+        x = run.cat(op.src)
+        q, k, v = x.reshape(len(x), 3, op.heads, op.dim, -1).unbind(1)
+        scores = torch.einsum("bhdn,bhdm->bhnm", q, k)
+        return torch.einsum("bhnm,bhdm->bhdn", scores.softmax(3), v).reshape(len(x), inner, *x.shape[2:])
+
+    return _gradient(run, replace(op, scale=1.0), mix)
+
+
 OPERATORS: list[Callable[[Run, Op], Tensor]] = [
     lambda run, op: run.x,
     _output,
@@ -263,4 +321,9 @@ OPERATORS: list[Callable[[Run, Op], Tensor]] = [
     _resample,
     lambda run, op: (run.maps[op.src[0]] + run.maps[op.src[1]]) * op.scale,
     lambda run, op: run.cat(op.src),
+    _to_tokens,
+    _to_pixels,
+    _classify,
+    _norm_gradient,
+    _attention_gradient,
 ]

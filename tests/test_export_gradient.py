@@ -16,9 +16,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import engine.backends
 from engine import BackendError, BundleError, CheckpointError, ExportError, RequestError, Sampler, load_checkpoint
 from engine.backends import open_guide
+from engine.backends.native_guide import NativeGuide
 from engine.backends.ort import OrtGuide
 from engine.backends.ov import OpenVINOGuide
-from engine.bundle import CLASSIFIER_FP16_NAME, CLASSIFIER_NAME, Bundle, write_manifest
+from engine.bundle import (
+    CLASSIFIER_FP16_NAME,
+    CLASSIFIER_NAME,
+    CLASSIFIER_WEIGHTS_NAME,
+    Bundle,
+    write_manifest,
+)
 from engine.classifier import AutogradGuide, Classifier
 from engine.guidance import ClassifierGuidance
 from export import gradient, gradient_rules, guidance, to_onnx, to_trt
@@ -26,6 +33,7 @@ from export.guidance import GAINS, LIMITS, ClassifierResult, GuideCase, export_c
 from export.onnx_file import has_wide_products
 from export.to_onnx import export_bundle
 from export.trt_build import find_builders
+from kernels.native import library
 
 # One traced graph in torch beside autograd, fp32, relative to the largest gradient: the same operators in another
 # order, twice through the network.
@@ -356,6 +364,7 @@ def test_manifest_describes_the_classifier(made):
             (CLASSIFIER_NAME, "openvino cpu", "fp32"),
             (CLASSIFIER_FP16_NAME, "onnxruntime cpu", "fp16"),
             (CLASSIFIER_FP16_NAME, "torch cpu", "fp16"),
+            *((CLASSIFIER_WEIGHTS_NAME, "native cpu", precision) for precision in native_precisions()),
         )
     }
     assert all(m.passed for m in manifest.verification)
@@ -384,9 +393,9 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return float(10 * torch.log10(4 / (a - b).square().mean().clamp(min=1e-30)))
 
 
-@pytest.mark.parametrize("library", ["ort", "ov"])
+@pytest.mark.parametrize("backend", ["ort", "ov", "native"])
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_images_equal_those_of_autograd(made, monkeypatch, library, sampler):
+def test_images_equal_those_of_autograd(made, monkeypatch, backend, sampler):
     opened = Sampler.open(made.bundle, "eager", threads=1)
     options = {"steps": 10, "sampler": sampler, "labels": [0, 1, 4]}
     wanted = opened.sample(3, **options, guidance=ClassifierGuidance(AutogradGuide(made.network), 20.0))
@@ -396,14 +405,25 @@ def test_images_equal_those_of_autograd(made, monkeypatch, library, sampler):
         raise AssertionError("autograd was used")
 
     monkeypatch.setattr(torch.autograd, "grad", fail)
-    got = opened.sample(3, **options, guidance=ClassifierGuidance(open_guide(made.bundle, library), 20.0))
+    got = opened.sample(3, **options, guidance=ClassifierGuidance(open_guide(made.bundle, backend, "fp32"), 20.0))
     assert psnr(got, wanted) > 60
     assert psnr(unguided, wanted) < 40, "guidance changes the images"
 
 
+def native_precisions() -> list[str]:
+    try:
+        return sorted({isa.precision for isa in library.instruction_sets()})
+    except library.NativeError:
+        return []
+
+
 def test_library_of_the_guide(made, monkeypatch, caplog):
     caplog.set_level("INFO", logger="engine.backends")
+    for backend, precision in (("auto", None), ("native", "fp32"), ("eager", "fp16")) if native_precisions() else ():
+        assert isinstance(open_guide(made.bundle, backend, precision), NativeGuide)
+    monkeypatch.setattr(engine.backends, "_native_reason", lambda: "it was not built")
     assert isinstance(open_guide(made.bundle), OpenVINOGuide)
+    assert caplog.messages[-1] == "classifier on ov in fp32 (native: it was not built)"
     assert isinstance(open_guide(made.bundle, "eager"), OpenVINOGuide)
     assert isinstance(open_guide(made.bundle, "ov", "bf16"), OpenVINOGuide)
     assert isinstance(open_guide(made.bundle, "ort"), OrtGuide)
@@ -413,7 +433,9 @@ def test_library_of_the_guide(made, monkeypatch, caplog):
     wanted = case(made.network, 4)
     assert 1e-6 < relative(half(*wanted.inputs())[0], wanted.grad) < LIMITS["fp16"]
     monkeypatch.setattr(engine.backends, "_missing", lambda module, extra: lambda: f"{module} is not installed")
-    with pytest.raises(BackendError, match="can run the bundle's classifier: openvino is not installed; onnxruntime"):
+    with pytest.raises(
+        BackendError, match="can run the bundle's classifier: it was not built; openvino is not installed; onnxr"
+    ):
         open_guide(made.bundle)
 
 

@@ -15,6 +15,7 @@ from engine.backends.trt_library import PREFERRED, find_plans, reason_against
 from engine.bundle import (
     CLASSIFIER_FP16_NAME,
     CLASSIFIER_NAME,
+    CLASSIFIER_WEIGHTS_NAME,
     FP16_ONNX_NAME,
     INT8_NAME,
     ONNX_NAME,
@@ -197,13 +198,14 @@ def _open(name: str, bundle: Bundle, precision: str, artefact: str, threads: int
 def open_guide(
     bundle: Bundle, backend: str = "auto", precision: str | None = None, threads: int | None = None
 ) -> Guide:
-    """The bundle's classifier as an exported gradient graph, without torch autograd.
+    """The gradient of the bundle's classifier, without torch autograd.
 
-    backend: of the U-Net, whose library is taken where it can run the graph; otherwise OpenVINO, else ONNX Runtime.
-    Beside trt that takes a plan of the classifier for this machine, which then is part of the CUDA graph.
-    precision: "fp16" takes classifier.fp16.onnx on ort where the bundle has it; everything else is fp32, also beside a
-    bf16 U-Net. threads: CPU threads, None for all cores. Raises BundleError for a bundle without a classifier and
-    BackendError where neither library is installed.
+    backend: of the U-Net, which is taken where it can run the classifier; otherwise native (this package's CPU engine),
+    else OpenVINO, else ONNX Runtime, the latter two with the exported graph. Beside trt that takes a plan of the
+    classifier for this machine, which then is part of the CUDA graph. precision: of the U-Net; native takes bf16 for
+    bf16, int8 and None where the CPU multiplies it, ort takes classifier.fp16.onnx for fp16 where the bundle has it,
+    and everything else is fp32. threads: CPU threads, None for all cores. Which one was taken is logged. Raises
+    BundleError for a bundle without a classifier and BackendError where nothing can run it.
     """
     entry = bundle.manifest.classifier
     if entry is None:
@@ -220,22 +222,47 @@ def open_guide(
             from engine.backends.trt import TrtGuide
 
             return TrtGuide(entry.config, bundle, plans)
-    libraries = {"ov": _missing("openvino", "cpu"), "ort": _missing("onnxruntime", "onnx")}
-    order = sorted(libraries, key=lambda name: name != backend)
-    reasons = {name: libraries[name]() for name in order}
+    reasons = {
+        "native": _native_guide_reason(bundle),
+        "ov": _missing("openvino", "cpu")(),
+        "ort": _missing("onnxruntime", "onnx")(),
+    }
+    order = sorted(reasons, key=lambda name: name != backend)
     name = next((name for name in order if reasons[name] is None), None)
     if name is None:
         raise BackendError("nothing here can run the bundle's classifier: " + "; ".join(map(str, reasons.values())))
-    is_half = name == "ort" and precision == "fp16" and bundle.has(CLASSIFIER_FP16_NAME)
-    path = bundle.file(CLASSIFIER_FP16_NAME if is_half else CLASSIFIER_NAME)
-    logger.info("classifier on %s in %s", name, "fp16" if is_half else "fp32")
+    taken = _guide_precision(name, precision, bundle)
+    why = [f"{other}: {reasons[other]}" for other in order[: order.index(name)]]
+    logger.info("classifier on %s in %s%s", name, taken, f" ({'; '.join(why)})" if why else "")
+    if name == "native":
+        from engine.backends.native_guide import NativeGuide
+
+        return NativeGuide.open(bundle, taken, threads)
     if name == "ov":
         from engine.backends.ov import OpenVINOGuide
 
-        return OpenVINOGuide(entry.config, path, threads)
+        return OpenVINOGuide(entry.config, bundle.file(CLASSIFIER_NAME), threads)
     from engine.backends.ort import OrtGuide
 
-    return OrtGuide(entry.config, path, threads)
+    return OrtGuide(entry.config, bundle.file(CLASSIFIER_FP16_NAME if taken == "fp16" else CLASSIFIER_NAME), threads)
+
+
+def _guide_precision(name: str, precision: str | None, bundle: Bundle) -> str:
+    """What a classifier beside a U-Net in `precision` is computed in."""
+    if name == "native" and precision in (None, "bf16", "int8"):
+        return _native_precisions()[0]
+    is_half = name == "ort" and precision == "fp16" and bundle.has(CLASSIFIER_FP16_NAME)
+    return "fp16" if is_half else "fp32"
+
+
+def _native_guide_reason(bundle: Bundle) -> str | None:
+    """Why the CPU engine cannot run a bundle's classifier, or None."""
+    from engine.backends.native_gradient import unsupported
+
+    assert bundle.manifest.classifier is not None
+    if not bundle.has(CLASSIFIER_WEIGHTS_NAME):
+        return f"the bundle holds no {CLASSIFIER_WEIGHTS_NAME}"
+    return _native_reason() or unsupported(bundle.manifest.classifier.config)
 
 
 __all__ = ["Backend", "MissingPackageError", "open_backend", "open_guide"]

@@ -20,7 +20,7 @@ from engine.backends.native_int8 import ByteRange, read_ranges, with_int8
 from engine.backends.native_program import FORMAT, Program
 from engine.backends.native_rows import PREFIX, TimeRows
 from engine.bundle import INT8_NAME, WEIGHTS_NAME, Bundle, Manifest
-from engine.config import UNetConfig
+from engine.config import ClassifierConfig, UNetConfig
 from engine.errors import BackendError
 from kernels.native.library import Engine, Isa, NativeError, Network, best_isa
 
@@ -52,7 +52,7 @@ class NativeBackend:
         """
         ranges = read_ranges(bundle.file(INT8_NAME)) if precision == "int8" else {}
         program = with_int8(build_program(bundle.manifest.config), ranges)
-        network = _make_network(program, _find_isa(precision))
+        network = make_network(program, find_isa(precision))
         entry = bundle.manifest.files.get(WEIGHTS_NAME)
         digest = hashlib.sha256(program.words().tobytes()).hexdigest()
         key = Key(entry.sha256 if entry else "", digest, network.isa.name.lower(), FORMAT)
@@ -74,13 +74,13 @@ class NativeBackend:
         an instruction set for bf16.
         """
         program = with_int8(build_program(manifest.config), ranges)
-        network = _make_network(program, _find_isa("fp32") if isa is None else isa)
+        network = make_network(program, find_isa("fp32") if isa is None else isa)
         return cls(manifest, network, pack_weights(program, network, state), threads)
 
     def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """See engine.backends.Backend; raises BackendError for inputs of other shapes and types, and once closed."""
         engine, x, rows = self._prepare(x_t, timestep, y, cond)
-        with _told():
+        with told():
             out = engine.run(x, rows)
         return self._finish(out, timestep)
 
@@ -89,7 +89,7 @@ class NativeBackend:
     ) -> tuple[Tensor, NDArray[np.float64]]:
         """The same, and the seconds that each operator of engine.backends.native_blocks.build_program took."""
         engine, x, rows = self._prepare(x_t, timestep, y, cond)
-        with _told():
+        with told():
             out, seconds = engine.profile(x, rows)
         return self._finish(out, timestep), seconds
 
@@ -115,7 +115,7 @@ class NativeBackend:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def told() -> Iterator[None]:
     """The library's errors as this package's."""
     try:
         yield
@@ -144,14 +144,16 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
-def _find_isa(precision: str) -> Isa:
+def find_isa(precision: str) -> Isa:
+    """The fastest instruction set for a precision; raises BackendError where there is none."""
     try:
         return best_isa(precision)
     except NativeError as error:
         raise BackendError(f"the native backend cannot be used: {error}") from error
 
 
-def _make_network(program: Program, isa: Isa) -> Network:
+def make_network(program: Program, isa: Isa) -> Network:
+    """A program for an instruction set; raises BackendError where the library refuses it."""
     try:
         return Network(program.words(), isa)
     except NativeError as error:
@@ -172,19 +174,20 @@ def _pack_bundle(bundle: Bundle, program: Program, network: Network) -> Content:
 
 def _join(config: UNetConfig, x_t: Tensor, cond: Tensor | None) -> Tensor:
     """The engine's input [B, C + Cc, H, W]."""
-    _check_image("x_t", x_t, config.in_channels, config)
+    check_image("x_t", x_t, config.in_channels, config)
     if cond is None and not config.cond_channels:
         return x_t.detach()
     if cond is None or not config.cond_channels:
         got = "none" if cond is None else f"one of {list(cond.shape)}"
         raise BackendError(f"the network takes a condition image of {config.cond_channels} channels, got {got}")
-    _check_image("cond", cond, config.cond_channels, config)
+    check_image("cond", cond, config.cond_channels, config)
     if len(cond) != len(x_t):
         raise BackendError(f"x_t has {len(x_t)} images and cond {len(cond)}; expected as many")
     return torch.cat([cond, x_t] if config.cond_first else [x_t, cond], dim=1).detach()
 
 
-def _check_image(name: str, image: Tensor, channels: int, config: UNetConfig) -> None:
+def check_image(name: str, image: Tensor, channels: int, config: UNetConfig | ClassifierConfig) -> None:
+    """Raise BackendError for anything but [B, channels, H, W] float32 of the network's size."""
     wanted = (channels, *config.image_size)
     if image.ndim != 4 or not len(image) or image.shape[1:] != wanted or image.dtype != torch.float32:
         raise BackendError(

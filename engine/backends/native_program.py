@@ -35,6 +35,11 @@ class Code(IntEnum):
     RESAMPLE = 6
     ADD = 7
     CONCAT = 8
+    TOKENS = 9
+    PIXELS = 10
+    CLASSIFY = 11
+    NORM_GRADIENT = 12
+    ATTENTION_GRADIENT = 13
 
 
 class Mode(IntEnum):

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.config import LabelInput, UNetConfig
+from engine.config import ClassifierConfig, LabelInput, UNetConfig
 from engine.errors import BackendError
 from engine.threads import torch_threads
 from engine.unet import TimeEmbedding
@@ -32,7 +32,7 @@ class TimeRows:
     the batch nor the machine's load changes it. May be called from several threads.
     """
 
-    def __init__(self, config: UNetConfig, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: UNetConfig | ClassifierConfig, tensors: Mapping[str, Tensor]) -> None:
         with torch.device("meta"):
             embedding = TimeEmbedding(config)
         embedding.load_state_dict(dict(tensors), assign=True)
@@ -80,6 +80,7 @@ class TimeRows:
         config = self._config
         if y is None or config.num_classes is None:
             return [None] * count
+        assert isinstance(config, UNetConfig)
         wanted = (count, config.time_channels) if config.label is LabelInput.VECTOR else (count,)
         dtype = _LABEL_TYPES[config.label]
         if tuple(y.shape) != wanted or y.dtype != dtype:

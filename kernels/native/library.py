@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import threading
 import weakref
@@ -23,7 +24,7 @@ ALIGNMENT_BYTES = 64
 """Of packed weights."""
 
 _HEADER_WORDS, _MAP_WORDS, _OPERATOR_WORDS = 8, 5, 24
-_INPUT, _OUTPUT = 0, 1
+_INPUT, _OUTPUT, _CLASSIFY = 0, 1, 11
 _SCALE = 3
 _POINTER, _BYTES = ctypes.c_void_p, ctypes.c_uint64
 
@@ -146,6 +147,7 @@ def _address(array: NDArray[Any]) -> int:
 class Network:
     """A checked program for one instruction set.
 
+    classifies: whether it has log p beside its output.
     precision: the instruction set's, or int8 where the program has maps of bytes.
     words: int32 [n], as include/unetrt_native.h describes them. input_shape, output_shape: (channels, height, width).
     Raises NativeError for words that are no program.
@@ -160,6 +162,7 @@ class Network:
         self._handle = handle
         weakref.finalize(self, self._library.unetrt_network_destroy, handle)
         self.input_shape, self.output_shape = _find_shapes(given)
+        self.classifies = bool((_read_operators(given)[:, 0] == _CLASSIFY).any())
         self.precision = "int8" if _read_maps(given)[:, _SCALE].any() else self.isa.precision
         self.operators, self.row_width, self.weights = int(given[3]), int(given[6]), int(given[7])
 
@@ -182,10 +185,13 @@ def _read_maps(words: NDArray[np.int32]) -> NDArray[np.int32]:
     return words[_HEADER_WORDS : _HEADER_WORDS + _MAP_WORDS * int(words[2])].reshape(-1, _MAP_WORDS)
 
 
+def _read_operators(words: NDArray[np.int32]) -> NDArray[np.int32]:
+    return words[_HEADER_WORDS + _read_maps(words).size :].reshape(-1, _OPERATOR_WORDS)
+
+
 def _find_shapes(words: NDArray[np.int32]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Of the input and the output of a program that was checked."""
-    maps = _read_maps(words)
-    operators = words[_HEADER_WORDS + maps.size :].reshape(-1, _OPERATOR_WORDS)
+    maps, operators = _read_maps(words), _read_operators(words)
     size = next((maps[op[1]] for op in operators if op[0] == _INPUT), maps[0])
     end = next(maps[op[2]] for op in operators if op[0] == _OUTPUT)
     return (int(words[4]), int(size[1]), int(size[2])), (int(words[5]), int(end[1]), int(end[2]))
@@ -201,7 +207,7 @@ class Engine:
     def __init__(self, network: Network, packed: NDArray[np.uint8], threads: int) -> None:
         self._library = network._library
         self._shapes = network.input_shape, network.output_shape, network.row_width
-        self._operators = network.operators
+        self._operators, self._classifies = network.operators, network.classifies
         self._packed = packed
         handle = self._library.unetrt_engine_create(network._handle, _address(packed), packed.nbytes, threads)
         _check(self._library, handle is not None)
@@ -215,6 +221,12 @@ class Engine:
 
         Raises NativeError for other shapes, and once closed.
         """
+        return self._run(x, rows, None)[0]
+
+    def classify(
+        self, x: NDArray[np.float32], rows: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """As run, for a program that classifies, and log p [B]."""
         return self._run(x, rows, None)
 
     def profile(
@@ -222,11 +234,11 @@ class Engine:
     ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """As run, and what each operator of the program took: seconds [operators]."""
         seconds = np.empty(self._operators, np.float64)
-        return self._run(x, rows, seconds), seconds
+        return self._run(x, rows, seconds)[0], seconds
 
     def _run(
         self, x: NDArray[np.float32], rows: NDArray[np.float32] | None, seconds: NDArray[np.float64] | None
-    ) -> NDArray[np.float32]:
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         taken, made, width = self._shapes
         if x.ndim != 4 or not len(x) or x.shape[1:] != taken or x.dtype != np.float32:
             raise NativeError(f"x is {x.shape} {x.dtype}; expected [B, {', '.join(map(str, taken))}] float32")
@@ -235,7 +247,8 @@ class Engine:
             raise NativeError(f"rows are {got}; expected [{len(x)}, {width}] float32")
         given = np.ascontiguousarray(x)
         columns = np.ascontiguousarray(rows) if width else None
-        out = np.empty((len(x), *made), np.float32)
+        images, numbers = len(x), len(x) * math.prod(made)
+        out = np.empty(numbers + images * self._classifies, np.float32)
         with self._lock:
             if self._handle is None:
                 raise NativeError("this engine was closed; make another")
@@ -247,7 +260,7 @@ class Engine:
             else:
                 status = self._library.unetrt_engine_profile(*arguments, _address(seconds), seconds.size)
             _check(self._library, status == 0)
-        return out
+        return out[:numbers].reshape(images, *made), out[numbers:]
 
     @property
     def arena_bytes(self) -> int:

@@ -63,7 +63,21 @@ enum unetrt_code {
     /* dst = (src[0] + src[1]) * scale. */
     UNETRT_ADD = 7,
     /* dst = cat(src). */
-    UNETRT_CONCAT = 8
+    UNETRT_CONCAT = 8,
+    /* dst [C, 1, pixels + 1] = the mean of src[0]'s pixels, then its pixels row by row; + weight [C][pixels + 1] or -1. */
+    UNETRT_TOKENS = 9,
+    /* Its gradient: each pixel of dst = src[0]'s [C, 1, pixels + 1] token of it + the first token / pixels. */
+    UNETRT_PIXELS = 10,
+    /* logits = weight [groups][C] src[0]'s first pixel + bias [groups]; rows[row] is a label, rows[row + 1] a factor.
+     * dst's first pixel = factor * weight^T (onehot(label) - softmax(logits)), the gradient of factor * log p(label); its
+     * others are 0. log p(label) is the second output. At most once in a program. */
+    UNETRT_CLASSIFY = 11,
+    /* dst = (the gradient of NORM's src[0] + add) * scale, src[1] being that of its result; the other fields as there.
+     * kind group; activation identity, silu or relu. */
+    UNETRT_NORM_GRADIENT = 12,
+    /* dst [3 * heads * dim] = the gradient of ATTENTION's src[0], src[1] [heads * dim] being that of its result; memory
+     * and scale 0. */
+    UNETRT_ATTENTION_GRADIENT = 13
 };
 
 enum unetrt_mode { UNETRT_PLAIN = 0, UNETRT_UPSAMPLED = 1, UNETRT_TRANSPOSED = 2 };
@@ -145,7 +159,7 @@ UNETRT_API unetrt_engine* unetrt_engine_create(const unetrt_network*, const void
 UNETRT_API void unetrt_engine_destroy(unetrt_engine*);
 
 /* x [batch][input channels][height][width], rows [batch][row width] (NULL where that is 0), out [batch][output
- * channels][height][width]. Calls from several threads run one after the other. An image's output does not depend on
+ * channels][height][width], and behind it log p [batch] where the program classifies. Calls from several threads run one after the other. An image's output does not depend on
  * the rest of the batch, nor on the number of threads. */
 UNETRT_API int unetrt_engine_run(unetrt_engine*, int batch, const float* x, const float* rows, float* out);
 

@@ -122,6 +122,35 @@ struct AttentionArgs {
     float* workspace;
 };
 
+// src and gradient as in UNETRT_NORM_GRADIENT; norm: the fields of NormArgs, dst and add those of the gradient.
+struct NormGradientArgs {
+    NormArgs norm;
+    Map gradient;
+};
+
+// src: queries, keys and values; gradient: of the result.
+struct AttentionGradientArgs {
+    Map src, gradient, dst;
+    int32_t heads, dim;
+};
+
+// pixels: a map; tokens: one row of its mean and its pixels. learned: [channels][tokens] to add, or null.
+struct TokensArgs {
+    Map pixels, tokens;
+    const float* learned;
+};
+
+// weight [classes][channels of src], bias [classes], rows [images][row_stride]: label, factor. log_p: [images].
+struct ClassifyArgs {
+    Map src, dst;
+    int32_t classes;
+    const float* weight;
+    const float* bias;
+    const float* rows;
+    int64_t row_stride;
+    float* log_p;
+};
+
 struct ResampleArgs {
     Map src, dst;
     Map add;
@@ -174,6 +203,23 @@ struct Kernels {
     int (*linear_items)(const AttentionArgs&, int phase);
     void (*linear)(const AttentionArgs&, int phase, int item, float* scratch);
 
+    int64_t (*norm_gradient_workspace)(const NormGradientArgs&);
+    int (*norm_gradient_items)(const NormGradientArgs&);
+    void (*norm_gradient)(const NormGradientArgs&, int phase, int item);
+
+    int64_t (*attention_gradient_scratch)(const AttentionGradientArgs&);
+    int (*attention_gradient_items)(const AttentionGradientArgs&);
+    void (*attention_gradient)(const AttentionGradientArgs&, int item, float* scratch);
+
+    int (*tokens_items)(const TokensArgs&);
+    void (*to_tokens)(const TokensArgs&, int item);
+    int (*pixels_items)(const TokensArgs&);
+    void (*to_pixels)(const TokensArgs&, int item);
+
+    int64_t (*classify_scratch)(const ClassifyArgs&);
+    int (*classify_items)(const ClassifyArgs&);
+    void (*classify)(const ClassifyArgs&, int item, float* scratch);
+
     int (*resample_items)(const ResampleArgs&);
     void (*resample)(const ResampleArgs&, int item);
 
@@ -187,7 +233,7 @@ struct Kernels {
     void (*to_planar)(const PlanarArgs&, int item);
 };
 
-constexpr int kAttentionPhases = 2;
+constexpr int kAttentionPhases = 2, kNormGradientPhases = 2;
 
 const Kernels& portable_kernels();
 const Kernels& avx2_kernels();

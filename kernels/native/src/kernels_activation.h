@@ -39,4 +39,19 @@ UNETRT_INLINE Vec activate(Vec x) {
     return x;
 }
 
+// d activate(x) / d x, of those that a norm's gradient takes.
+template <Activation kActivation>
+UNETRT_INLINE Vec derive(Vec x) {
+    if constexpr (kActivation == Activation::kSilu) {
+#ifdef UNETRT_ELEMENT_BF16
+        const Vec s = approximate_inverse(1.0f + approximate_exp(-x));
+#else
+        const Vec s = 1.0f / (1.0f + exp(-x));
+#endif
+        return s * (1.0f + x * (1.0f - s));
+    }
+    if constexpr (kActivation == Activation::kRelu) return pick(x > 0.0f, splat(1.0f), Vec{});
+    return splat(1.0f);
+}
+
 }  // namespace unetrt::UNETRT_ISA

@@ -84,18 +84,16 @@ int planar_items(const PlanarArgs& args) { return args.map.blocks(); }
 void from_planar(const PlanarArgs& args, int item) {
     const Map& map = args.map;
     const int64_t pixels = static_cast<int64_t>(map.height) * map.width;
-    for (int n = 0; n < map.images; ++n)
-        for (int c = 0; c < kBlock; ++c) {
-            const int channel = item * kBlock + c;
-            const float* in = args.planar + (static_cast<int64_t>(n) * map.channels + channel) * pixels;
-            for (int y = 0; y < map.height; ++y) {
+    const int first = item * kBlock, channels = least(map.channels - first, kBlock);
+    for (int y = 0; y < map.height; ++y) {
+        if (channels < kBlock) clear_lines(at(map, item, y, 0), static_cast<int64_t>(map.width) * map.images);
+        for (int n = 0; n < map.images; ++n)
+            for (int c = 0; c < channels; ++c) {
+                const float* in = args.planar + (static_cast<int64_t>(n) * map.channels + first + c) * pixels + y * map.width;
                 Element* out = at(map, item, y, 0) + n * kBlock + c;
-                for (int x = 0; x < map.width; ++x) {
-                    const float value = channel < map.channels ? in[static_cast<int64_t>(y) * map.width + x] : 0.0f;
-                    out[static_cast<int64_t>(x) * map.images * kBlock] = to_element(value);
-                }
+                for (int x = 0; x < map.width; ++x) out[static_cast<int64_t>(x) * map.images * kBlock] = to_element(in[x]);
             }
-        }
+    }
     clear_border(map, item, 0, map.height);
 }
 

@@ -28,13 +28,6 @@ const Map& find_block(const Maps& maps, int& block) {
     return maps.part[1];
 }
 
-// Enough pieces for a few threads, and no more: each has fixed costs.
-int rows_a_piece(const Map& map) {
-    const int64_t pixels = static_cast<int64_t>(map.width) * map.images;
-    const int rows = static_cast<int>((1024 + pixels - 1) / pixels);
-    return rows < map.height ? rows : map.height;
-}
-
 int64_t row_index(const Map& map, int block, int y, int image) {
     return ((static_cast<int64_t>(block) * map.height + y) * map.images + image) * 2 * kBlock;
 }
@@ -94,11 +87,6 @@ void find_merged(const NormArgs& args, int block, int image, Block& merged) {
     merged.index = block;
 }
 
-// What y = (x - mean) * factor + shift needs for the channels of a block and one image.
-struct Affine {
-    alignas(64) float mean[kBlock], factor[kBlock], shift[kBlock];
-};
-
 void normalise_group(const NormArgs& args, int group, int size, int image, Block& merged, float& mean, float& inverse) {
     const int first = group * size, end = first + size;
     const double pixels = static_cast<double>(args.dst.height) * args.dst.width;
@@ -130,13 +118,16 @@ void group_affine(const NormArgs& args, int block, int image, Affine& affine) {
             normalise_group(args, known, size, image, merged, mean, inverse);
         }
         affine.mean[i] = mean;
-        affine.factor[i] = inverse;
+        affine.inverse[i] = inverse;
     }
 }
 
+}  // namespace
+
 void make_affine(const NormArgs& args, int block, int image, Affine& affine) {
-    for (int i = 0; i < kBlock; ++i) affine.mean[i] = 0, affine.factor[i] = 1;
+    for (int i = 0; i < kBlock; ++i) affine.mean[i] = 0, affine.inverse[i] = 1;
     if (args.kind == kGroup) group_affine(args, block, image, affine);
+    for (int i = 0; i < kBlock; ++i) affine.factor[i] = affine.inverse[i];
     const int64_t padded = static_cast<int64_t>(count_blocks(args)) * kBlock;
     const float* rows = args.rows == nullptr ? nullptr : args.rows + image * args.row_stride + block * kBlock;
     for (int i = 0; i < kBlock; ++i) {
@@ -150,6 +141,15 @@ void make_affine(const NormArgs& args, int block, int image, Affine& affine) {
         affine.shift[i] = shift;
     }
 }
+
+// Enough pieces for a few threads, and no more: each has fixed costs.
+int rows_a_piece(const Map& map) {
+    const int64_t pixels = static_cast<int64_t>(map.width) * map.images;
+    const int rows = static_cast<int>((1024 + pixels - 1) / pixels);
+    return rows < map.height ? rows : map.height;
+}
+
+namespace {
 
 // dst as numbers: where image 0 of a pixel of a block of the sources goes, and vector v of it.
 struct ToElements {

@@ -1,6 +1,8 @@
 #include "kernels_attention.h"
+#include "kernels_classify.h"
 #include "kernels_conv.h"
 #include "kernels_copy.h"
+#include "kernels_gradient.h"
 #include "kernels_linear_attention.h"
 #include "kernels_norm.h"
 #include "kernels_resample.h"
@@ -22,6 +24,10 @@ const Kernels& UNETRT_TABLE(UNETRT_ISA)() {
         norm_workspace, norm_items, norm,
         attention_workspace, attention_scratch, attention_items, attention,
         linear_workspace, linear_scratch, linear_items, linear,
+        norm_gradient_workspace, norm_gradient_items, norm_gradient,
+        attention_gradient_scratch, attention_gradient_items, attention_gradient,
+        tokens_items, to_tokens, pixels_items, to_pixels,
+        classify_scratch, classify_items, classify,
         resample_items, resample,
         copy_items, copy, split_items, split,
         planar_items, from_planar, to_planar,

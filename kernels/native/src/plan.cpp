@@ -58,6 +58,11 @@ class Planner {
             case UNETRT_LINEAR_ATTENTION: return lower_attention(op);
             case UNETRT_RESAMPLE: return lower_resample(op);
             case UNETRT_ADD: return add_copy({{op.src[0], -1}, op.dst, op.src[1], op.scale, false});
+            case UNETRT_TOKENS: return lower_tokens(op, op.src[0], op.dst);
+            case UNETRT_PIXELS: return lower_tokens(op, op.dst, op.src[0]);
+            case UNETRT_CLASSIFY: return lower_classify(op);
+            case UNETRT_NORM_GRADIENT: return lower_norm_gradient(op);
+            case UNETRT_ATTENTION_GRADIENT: return lower_attention_gradient(op);
             case UNETRT_CONCAT: return add_copy({{op.src[0], op.src[1]}, op.dst, -1, 1.0f, false});
         }
     }
@@ -113,6 +118,7 @@ class Planner {
             write(index);
         } else {
             read(index);
+            plan_.output_floats = int64_t{map(index).channels} * map(index).height * map(index).width;
         }
         plan_.steps.push_back(PlanarStep{index, is_input});
     }
@@ -151,20 +157,61 @@ class Planner {
     }
 
     void lower_norm(const unetrt_operator& op) {
-        const int32_t channels = map(op.dst).channels;
-        NormStep step{{op.src[0], op.src[1]}, op.dst, op.add, op.scale, op.eps, op.kind, op.groups, op.activation, -1, -1, -1};
+        NormStep step = start_norm(op);
         join_uneven(step.src);
         if (op.kind == UNETRT_GROUP) {
             measure(step.src[0]);
             measure(step.src[1]);
         }
-        step.weight = op.kind == UNETRT_NO_NORM ? -1 : pack_vector(op.weight, channels);
-        step.bias = pack_vector(op.bias, channels);
-        step.row = pad_row(op.row, channels, 2);
         read(step.src[0]);
         read(step.src[1]);
         read(step.add);
         write(step.dst);
+        plan_.steps.push_back(step);
+    }
+
+    NormStep start_norm(const unetrt_operator& op) {
+        const int32_t channels = map(op.dst).channels;
+        NormStep step{{op.src[0], op.src[1]}, op.dst, op.add, op.scale, op.eps, op.kind, op.groups, op.activation, -1, -1, -1};
+        step.weight = op.kind == UNETRT_NO_NORM ? -1 : pack_vector(op.weight, channels);
+        step.bias = pack_vector(op.bias, channels);
+        step.row = pad_row(op.row, channels, 2);
+        return step;
+    }
+
+    void lower_norm_gradient(const unetrt_operator& op) {
+        NormStep norm = start_norm(op);
+        norm.src[1] = -1;
+        measure(op.src[0]);
+        read(op.src[0]);
+        read(op.src[1]);
+        read(op.add);
+        write(op.dst);
+        plan_.steps.push_back(NormGradientStep{norm, op.src[1]});
+    }
+
+    void lower_attention_gradient(const unetrt_operator& op) {
+        read(op.src[0]);
+        read(op.src[1]);
+        write(op.dst);
+        plan_.steps.push_back(AttentionGradientStep{op.src[0], op.src[1], op.dst, op.heads, op.dim});
+    }
+
+    void lower_tokens(const unetrt_operator& op, int32_t pixels, int32_t tokens) {
+        const bool is_gradient = op.code == UNETRT_PIXELS;
+        const int32_t learned = map(tokens).channels * map(tokens).width;
+        read(op.src[0]);
+        write(op.dst);
+        plan_.steps.push_back(TokensStep{pixels, tokens, is_gradient ? -1 : pack_vector(op.weight, learned), is_gradient});
+    }
+
+    void lower_classify(const unetrt_operator& op) {
+        ClassifyStep step{op.src[0], op.dst, op.groups, 0, 0, 0};
+        step.weight = pack_vector(op.weight, op.groups * map(op.src[0]).channels);
+        step.bias = pack_vector(op.bias, op.groups);
+        step.row = pad_row(op.row, 2, 1);
+        read(op.src[0]);
+        write(op.dst);
         plan_.steps.push_back(step);
     }
 
@@ -353,36 +400,7 @@ class Planner {
     Plan plan_{};
 };
 
-bool live_together(const PlanMap& a, const PlanMap& b) { return a.first <= b.last && b.first <= a.last; }
-
-// The lowest place where a map of `size` fits between maps placed already.
-int64_t find_gap(std::vector<const PlanMap*>& taken, int64_t size) {
-    std::sort(taken.begin(), taken.end(), [](const PlanMap* a, const PlanMap* b) { return a->offset < b->offset; });
-    int64_t place = 0;
-    for (const PlanMap* other : taken) {
-        if (other->offset - place >= size) break;
-        place = std::max(place, other->offset + other->size);
-    }
-    return place;
-}
-
 }  // namespace
-
-int64_t place_maps(std::vector<PlanMap>& maps) {
-    std::vector<PlanMap*> order;
-    for (PlanMap& map : maps)
-        if (map.first != -1) order.push_back(&map);
-    std::stable_sort(order.begin(), order.end(), [](const PlanMap* a, const PlanMap* b) { return a->size > b->size; });
-    int64_t total = 0;
-    for (size_t i = 0; i < order.size(); ++i) {
-        std::vector<const PlanMap*> taken;
-        for (size_t j = 0; j < i; ++j)
-            if (live_together(*order[i], *order[j])) taken.push_back(order[j]);
-        order[i]->offset = find_gap(taken, order[i]->size);
-        total = std::max(total, order[i]->offset + order[i]->size);
-    }
-    return total;
-}
 
 Plan make_plan(const Program& program, const Kernels& kernels) { return Planner(program, kernels).make(); }
 

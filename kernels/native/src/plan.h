@@ -80,6 +80,26 @@ struct AttentionStep {
     int64_t learned;
 };
 
+struct NormGradientStep {
+    NormStep norm;
+    int32_t gradient;
+};
+
+struct AttentionGradientStep {
+    int32_t src, gradient, dst, heads, dim;
+};
+
+struct TokensStep {
+    int32_t pixels, tokens;
+    int64_t learned;
+    bool is_gradient;
+};
+
+struct ClassifyStep {
+    int32_t src, dst, classes;
+    int64_t weight, bias, row;
+};
+
 struct ResampleStep {
     int32_t src, dst, add, kind, pad;
     float scale;
@@ -96,7 +116,8 @@ struct PlanarStep {
     bool is_input;
 };
 
-using Step = std::variant<ConvStep, MeasureStep, NormStep, AttentionStep, ResampleStep, CopyStep, PlanarStep>;
+using Step = std::variant<ConvStep, MeasureStep, NormStep, AttentionStep, NormGradientStep, AttentionGradientStep,
+                          TokensStep, ClassifyStep, ResampleStep, CopyStep, PlanarStep>;
 
 // Columns of the caller's rows, copied to a padded place.
 struct RowCopy {
@@ -107,6 +128,8 @@ struct RowCopy {
 struct Plan {
     const Kernels* kernels;
     int32_t in_channels, out_channels, row_width;
+    // Of one image's output.
+    int64_t output_floats;
     int64_t weights;
     std::vector<PlanMap> maps;
     std::vector<Step> steps;

@@ -41,6 +41,11 @@ class Checker {
             case UNETRT_RESAMPLE: check_resample(); break;
             case UNETRT_ADD: check_add(); break;
             case UNETRT_CONCAT: check_concat(); break;
+            case UNETRT_TOKENS: check_tokens(op_->src[0], op_->dst); break;
+            case UNETRT_PIXELS: check_tokens(op_->dst, op_->src[0]); break;
+            case UNETRT_CLASSIFY: check_classify(); break;
+            case UNETRT_NORM_GRADIENT: check_norm_gradient(); break;
+            case UNETRT_ATTENTION_GRADIENT: check_attention_gradient(); break;
             default: fail("unknown code", op_->code);
         }
         written_[static_cast<size_t>(op_->dst)] = true;
@@ -234,11 +239,67 @@ class Checker {
         require(channels == dst().channels, "dst has other channels than the sources", dst().channels);
     }
 
+    void check_tokens(int32_t pixels, int32_t tokens) const {
+        require_single();
+        require_source(op_->src[0]);
+        const MapShape &map = shape(pixels), &row = shape(tokens);
+        require(map.channels == row.channels, "dst has other channels than src", dst().channels);
+        const int64_t count = static_cast<int64_t>(map.height) * map.width + 1;
+        require(row.height == 1 && row.width == count, "the tokens are not one more than the pixels", row.width);
+        if (op_->code == UNETRT_TOKENS) require_weights(op_->weight, count * map.channels, true);
+    }
+
+    void check_classify() {
+        require_single();
+        require_source(op_->src[0]);
+        require_size(op_->src[0], dst().height, dst().width);
+        require(shape(op_->src[0]).channels == dst().channels, "dst has other channels than src", dst().channels);
+        require(op_->groups >= 1 && op_->groups <= kMostChannels, "groups is not positive", op_->groups);
+        require_weights(op_->weight, static_cast<int64_t>(op_->groups) * dst().channels, false);
+        require_weights(op_->bias, op_->groups, false);
+        require(op_->row != -1, "there is no row for labels", op_->row);
+        require_row(2);
+        ++classifiers_;
+        require(classifiers_ == 1, "classifies for the second time", classifiers_);
+    }
+
+    // The result's gradient is of src's shape.
+    void require_gradient(int32_t map, const MapShape& wanted) const {
+        require_source(map);
+        require_size(map, wanted.height, wanted.width);
+        require(shape(map).channels == wanted.channels, "the gradient has other channels", shape(map).channels);
+    }
+
+    void check_norm_gradient() const {
+        require_source(op_->src[0]);
+        require_gradient(op_->src[0], dst());
+        require_gradient(op_->src[1], dst());
+        const int64_t channels = dst().channels;
+        require(op_->kind == UNETRT_GROUP, "only group norm has a gradient", op_->kind);
+        require(op_->activation >= UNETRT_IDENTITY && op_->activation <= UNETRT_RELU, "this activation has no gradient",
+                op_->activation);
+        require(op_->groups >= 1 && channels % op_->groups == 0, "groups do not divide the channels", op_->groups);
+        require_weights(op_->weight, channels, false);
+        require_weights(op_->bias, channels, true);
+        require_row(2 * channels);
+        require_add();
+    }
+
+    void check_attention_gradient() const {
+        require_gradient(op_->src[0], dst());
+        require(op_->heads >= 1 && op_->heads <= kMostChannels, "heads is not positive", op_->heads);
+        require(op_->dim >= 1 && op_->dim <= kMostChannels, "dim is not positive", op_->dim);
+        require(op_->memory == 0, "memory has no gradient", op_->memory);
+        const int64_t inner = static_cast<int64_t>(op_->heads) * op_->dim;
+        require(dst().channels == 3 * inner, "dst does not have three times the heads' channels", dst().channels);
+        require_gradient(op_->src[1], {static_cast<int32_t>(inner), dst().height, dst().width});
+    }
+
     const Program& program_;
     std::vector<bool> written_;
     size_t index_ = 0;
     const unetrt_operator* op_ = nullptr;
-    int outputs_ = 0;
+    int outputs_ = 0, classifiers_ = 0;
 };
 
 int32_t require_range(int32_t value, int32_t least, int32_t most, const char* what) {

@@ -35,6 +35,12 @@ class Binder {
                 const auto scratch = attention->is_linear ? kernels_.linear_scratch : kernels_.attention_scratch;
                 shared_ = std::max(shared_, workspace(args));
                 scratch_ = std::max(scratch_, scratch(args));
+            } else if (const auto* of_norm = std::get_if<NormGradientStep>(&step)) {
+                shared_ = std::max(shared_, kernels_.norm_gradient_workspace({norm_args(of_norm->norm), map(of_norm->gradient)}));
+            } else if (const auto* of_attention = std::get_if<AttentionGradientStep>(&step)) {
+                scratch_ = std::max(scratch_, kernels_.attention_gradient_scratch(attention_gradient_args(*of_attention)));
+            } else if (const auto* classify = std::get_if<ClassifyStep>(&step)) {
+                scratch_ = std::max(scratch_, kernels_.classify_scratch(classify_args(*classify)));
             }
         }
         return {(plan_.arena * batch_ + kSlackLines) * kLineFloats, plan_.padded_rows * batch_, plan_.statistics * batch_, shared_, scratch_};
@@ -183,6 +189,53 @@ class Binder {
             if (items == 0) continue;
             bound_.tasks.push_back({items, [=](int item, float* scratch) { kernel(args, phase, item, scratch); }});
         }
+    }
+
+    void add(const NormGradientStep& step) {
+        const NormGradientArgs args{norm_args(step.norm), map(step.gradient)};
+        const auto kernel = kernels_.norm_gradient;
+        for (int phase = 0; phase < kNormGradientPhases; ++phase) {
+            const auto run = [=](int item, float*) { kernel(args, phase, item); };
+            bound_.tasks.push_back({kernels_.norm_gradient_items(args), run});
+        }
+    }
+
+    AttentionGradientArgs attention_gradient_args(const AttentionGradientStep& step) const {
+        return {map(step.src), map(step.gradient), map(step.dst), step.heads, step.dim};
+    }
+
+    void add(const AttentionGradientStep& step) {
+        const AttentionGradientArgs args = attention_gradient_args(step);
+        const auto kernel = kernels_.attention_gradient;
+        const auto run = [=](int item, float* scratch) { kernel(args, item, scratch); };
+        bound_.tasks.push_back({kernels_.attention_gradient_items(args), run});
+    }
+
+    void add(const TokensStep& step) {
+        const TokensArgs args{map(step.pixels), map(step.tokens), packed(step.learned)};
+        if (step.is_gradient) {
+            add_task(kernels_.pixels_items(args), kernels_.to_pixels, args);
+        } else {
+            add_task(kernels_.tokens_items(args), kernels_.to_tokens, args);
+        }
+    }
+
+    ClassifyArgs classify_args(const ClassifyStep& step) const {
+        return {map(step.src), map(step.dst), step.classes, packed(step.weight), packed(step.bias), rows(step.row),
+                plan_.padded_rows, nullptr};
+    }
+
+    void add(const ClassifyStep& step) {
+        const ClassifyArgs args = classify_args(step);
+        const Request* request = places_.request;
+        const auto kernel = kernels_.classify;
+        const int64_t behind = plan_.output_floats * batch_;
+        const auto run = [=](int item, float* scratch) {
+            ClassifyArgs now = args;
+            now.log_p = request->out + behind;
+            kernel(now, item, scratch);
+        };
+        bound_.tasks.push_back({kernels_.classify_items(args), run});
     }
 
     void add(const ResampleStep& step) {

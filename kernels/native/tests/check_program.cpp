@@ -67,6 +67,27 @@ std::vector<int32_t> make_program(float scale) {
     middle.extra[0] = small;
     middle.extra_weight = builder.add_weights(12 * 12);
     builder.add(middle);
+    const int row = builder.add_map({12, 1, 7}), classified = builder.add_map({12, 1, 7}), pixels = builder.add_map(half);
+    unetrt_operator tokens = make_operator(UNETRT_TOKENS, row, small);
+    tokens.weight = builder.add_weights(12 * 7);
+    builder.add(tokens);
+    unetrt_operator classify = make_operator(UNETRT_CLASSIFY, classified, row);
+    classify.groups = 5;
+    classify.weight = builder.add_weights(5 * 12);
+    classify.bias = builder.add_weights(5);
+    classify.row = 0;
+    builder.add(classify);
+    builder.add(make_operator(UNETRT_PIXELS, pixels, classified));
+    unetrt_operator of_norm = norm;
+    of_norm.code = UNETRT_NORM_GRADIENT;
+    of_norm.dst = builder.add_map(full);
+    of_norm.src[1] = normed;
+    of_norm.activation = UNETRT_SILU;
+    builder.add(of_norm);
+    unetrt_operator of_attention = make_operator(UNETRT_ATTENTION_GRADIENT, builder.add_map(wide), qkv, attended);
+    of_attention.heads = 2;
+    of_attention.dim = 6;
+    builder.add(of_attention);
     unetrt_operator last = make_operator(UNETRT_CONV, end, convolved);
     last.weight = builder.add_weights(2 * 12 * 9);
     last.kernel = 3;
@@ -99,7 +120,7 @@ bool try_program(const std::vector<int32_t>& words, int isa) {
     const auto pixels = static_cast<size_t>(kLargest * kLargest);
     const auto x = random_floats(static_cast<size_t>(words[4]) * pixels * 2, 2);
     const auto rows = random_floats(static_cast<size_t>(words[6]) * 2 + 1, 3);
-    std::vector<float> out(static_cast<size_t>(words[5]) * pixels * 2);
+    std::vector<float> out(static_cast<size_t>(words[5]) * pixels * 2 + 2);
     expect(unetrt_engine_run(engine.get(), 2, x.data(), rows.data(), out.data()) == 0, "an accepted program runs");
     return true;
 }
@@ -142,7 +163,7 @@ void check_counts(const std::vector<int32_t>& words) {
     expect(create(static_cast<char*>(packed.data()) + 4, packed.bytes(), 1) == nullptr, "unaligned weights are refused");
     expect(create(packed.data(), packed.bytes(), 0) == nullptr, "no threads are refused");
     const Engine engine = create(packed.data(), packed.bytes(), 2);
-    std::vector<float> x(3 * 4 * 6), rows(40), out(2 * 4 * 6);
+    std::vector<float> x(3 * 4 * 6), rows(40), out(2 * 4 * 6 + 1);
     const auto run = [&](int batch, const float* in) {
         return unetrt_engine_run(engine.get(), batch, in, rows.data(), out.data());
     };

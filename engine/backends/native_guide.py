@@ -1,0 +1,102 @@
+"""A classifier's input gradient on the CPU engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from engine.backends.native import check_image, count_cores, find_isa, make_network, told
+from engine.backends.native_cache import Content, Key, load_or_pack
+from engine.backends.native_gradient import build_gradient, gradient_weights
+from engine.backends.native_program import FORMAT, Program
+from engine.backends.native_rows import PREFIX, TimeRows
+from engine.bundle import CLASSIFIER_WEIGHTS_NAME, Bundle
+from engine.config import ClassifierConfig
+from engine.errors import BackendError
+from kernels.native.library import Engine, Isa, NativeError, Network
+
+
+class NativeGuide:
+    """An engine.guidance.Guide with threads of its own, in fp32 or bf16. Bits depend on neither batch nor threads."""
+
+    name = "native"
+
+    def __init__(
+        self, config: ClassifierConfig, network: Network, content: Content, threads: int | None = None
+    ) -> None:
+        """threads: None for one on each core that this process may use. Raises BackendError."""
+        self._config = config
+        self.isa, self.precision = network.isa, network.precision
+        self._rows = TimeRows(config, content.time)
+        try:
+            self._engine: Engine | None = Engine(network, content.packed, count_cores() if threads is None else threads)
+        except NativeError as error:
+            raise BackendError(f"the native engine cannot run this classifier: {error}") from error
+
+    @classmethod
+    def open(cls, bundle: Bundle, precision: str = "fp32", threads: int | None = None) -> NativeGuide:
+        """A bundle's classifier in "fp32" or "bf16"; its weights are packed once and kept in the user's cache folder.
+
+        Raises BackendError or BundleError.
+        """
+        assert bundle.manifest.classifier is not None
+        config = bundle.manifest.classifier.config
+        program = build_gradient(config)
+        network = make_network(program, find_isa(precision))
+        entry = bundle.manifest.files.get(CLASSIFIER_WEIGHTS_NAME)
+        digest = hashlib.sha256(program.words().tobytes()).hexdigest()
+        key = Key(entry.sha256 if entry else "", digest, network.isa.name.lower(), FORMAT)
+
+        def pack() -> Content:
+            from safetensors.torch import load_file
+
+            return _pack(program, network, load_file(bundle.file(CLASSIFIER_WEIGHTS_NAME)))
+
+        return cls(config, network, load_or_pack(key, network.packed_bytes, pack), threads)
+
+    @classmethod
+    def from_weights(
+        cls, config: ClassifierConfig, state: Mapping[str, Tensor], threads: int | None = None, isa: Isa | None = None
+    ) -> NativeGuide:
+        """A classifier without a bundle, of engine.classifier.Classifier's state dict; isa None: the fastest in fp32.
+
+        Raises BackendError.
+        """
+        program = build_gradient(config)
+        network = make_network(program, find_isa("fp32") if isa is None else isa)
+        return cls(config, network, _pack(program, network, state), threads)
+
+    @property
+    def config(self) -> ClassifierConfig:
+        return self._config
+
+    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """See engine.guidance.Guide; raises BackendError for inputs of other shapes and types, and once closed."""
+        if self._engine is None:
+            raise BackendError("this classifier was closed; open the bundle again")
+        check_image("x_t", x_t, self._config.in_channels, self._config)
+        given = ("timestep", timestep, torch.float32), ("y", y, torch.int64), ("scale", scale, torch.float32)
+        for name, value, dtype in given:
+            if value.shape != (len(x_t),) or value.dtype != dtype:
+                raise BackendError(f"{name} is {list(value.shape)} {value.dtype}; expected [{len(x_t)}] {dtype}")
+        if not bool(((y >= 0) & (y < self._config.num_classes)).all()):
+            raise BackendError(f"labels are {y.tolist()}; expected 0 to {self._config.num_classes - 1}")
+        projected = torch.from_numpy(self._rows(timestep, None))
+        rows = torch.cat([projected, y[:, None].float(), scale.detach()[:, None]], dim=1)
+        with told():
+            grad, log_p = self._engine.classify(x_t.detach().contiguous().numpy(), rows.numpy())
+        return torch.from_numpy(grad), torch.from_numpy(log_p)
+
+    def close(self) -> None:
+        """End the threads, once the calls that run are done."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = None
+
+
+def _pack(program: Program, network: Network, state: Mapping[str, Tensor]) -> Content:
+    time = {name.removeprefix(PREFIX): value.float() for name, value in state.items() if name.startswith(PREFIX)}
+    return Content(time, network.pack(program.gather(gradient_weights(program, state))))
