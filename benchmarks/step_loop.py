@@ -65,7 +65,7 @@ def with_guidance(bundle: Bundle, backend: Backend, kind: StepKind, threads: int
     """The network for steps of this kind; raises BundleError where they are guided and there is no classifier."""
     if not kind.guided:
         return Network(backend)
-    return Network(backend, ClassifierGuidance(open_guide(bundle, backend.name, backend.precision, threads)))
+    return Network(backend, ClassifierGuidance(open_guide(bundle, backend.name, backend.precision, threads, backend)))
 
 
 class SlotLoop:

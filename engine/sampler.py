@@ -67,7 +67,7 @@ class Sampler:
         """
         if self._bundle is None:
             raise RequestError("this sampler was made without a bundle; use Sampler.open, or pass guidance of your own")
-        guide = open_guide(self._bundle, self.backend.name, self.backend.precision, self._threads)
+        guide = open_guide(self._bundle, self.backend.name, self.backend.precision, self._threads, self.backend)
         return ClassifierGuidance(guide, scale)
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from engine import config as c
 from engine.backends import native_cache, open_guide
+from engine.backends.native import NativeBackend
 from engine.backends.native_gradient import build_gradient, gradient_weights, unsupported
 from engine.backends.native_guide import NativeGuide
 from engine.bundle import CLASSIFIER_WEIGHTS_NAME, Bundle, ClassifierEntry, write_manifest
@@ -209,3 +211,34 @@ def test_a_bundle_s_classifier(bundle: Bundle) -> None:
         again = NativeGuide.from_weights(config, make(config).state_dict(), isa=library.best_isa(expected))
         assert torch.equal(guide(*inputs)[0], again(*inputs)[0])
     assert len(list(native_cache.cache_folder().iterdir())) == len({best, "fp32"})
+
+
+@needs_library
+def test_threads_of_the_network_beside_it() -> None:
+    """Calls from several threads to both give the bits that each gives alone, also once the network is closed."""
+    config, unet = adm_classifier(num_classes=3), adm_unet()
+    network = random_network(unet)
+    backend = NativeBackend.from_weights(tiny_manifest(unet), network.state_dict(), 2)
+    state, inputs = make(config).state_dict(), make_inputs(config, 2)
+    own, _ = NativeGuide.from_weights(config, state, 2)(*inputs)
+    guide = NativeGuide.from_weights(config, state, backend.engine)
+    expected, wrong = backend(inputs[0], inputs[1]), []
+
+    def call(of_network: bool) -> None:
+        for _ in range(20):
+            if of_network and not torch.equal(backend(inputs[0], inputs[1]), expected):
+                wrong.append("network")
+            if not of_network and not torch.equal(guide(*inputs)[0], own):
+                wrong.append("classifier")
+
+    threads = [threading.Thread(target=call, args=(i % 2 == 0,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    backend.close()
+    assert torch.equal(guide(*inputs)[0], own)
+    with pytest.raises(BackendError, match="this backend was closed"):
+        NativeGuide.from_weights(config, state, backend.engine)
+    guide.close()

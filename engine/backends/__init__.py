@@ -196,7 +196,11 @@ def _open(name: str, bundle: Bundle, precision: str, artefact: str, threads: int
 
 
 def open_guide(
-    bundle: Bundle, backend: str = "auto", precision: str | None = None, threads: int | None = None
+    bundle: Bundle,
+    backend: str = "auto",
+    precision: str | None = None,
+    threads: int | None = None,
+    beside: Backend | None = None,
 ) -> Guide:
     """The gradient of the bundle's classifier, without torch autograd.
 
@@ -204,7 +208,8 @@ def open_guide(
     else OpenVINO, else ONNX Runtime, the latter two with the exported graph. Beside trt that takes a plan of the
     classifier for this machine, which then is part of the CUDA graph. precision: of the U-Net; native takes bf16 for
     bf16, int8 and None where the CPU multiplies it, ort takes classifier.fp16.onnx for fp16 where the bundle has it,
-    and everything else is fp32. threads: CPU threads, None for all cores. Which one was taken is logged. Raises
+    and everything else is fp32. threads: CPU threads, None for all cores. beside: the U-Net, whose threads a native
+    classifier shares with a native U-Net, as their calls follow one another. Which one was taken is logged. Raises
     BundleError for a bundle without a classifier and BackendError where nothing can run it.
     """
     entry = bundle.manifest.classifier
@@ -235,9 +240,10 @@ def open_guide(
     why = [f"{other}: {reasons[other]}" for other in order[: order.index(name)]]
     logger.info("classifier on %s in %s%s", name, taken, f" ({'; '.join(why)})" if why else "")
     if name == "native":
+        from engine.backends.native import NativeBackend
         from engine.backends.native_guide import NativeGuide
 
-        return NativeGuide.open(bundle, taken, threads)
+        return NativeGuide.open(bundle, taken, threads, beside if isinstance(beside, NativeBackend) else None)
     if name == "ov":
         from engine.backends.ov import OpenVINOGuide
 

@@ -96,19 +96,25 @@ class NativeBackend:
     def _prepare(
         self, x_t: Tensor, timestep: Tensor, y: Tensor | None, cond: Tensor | None
     ) -> tuple[Engine, NDArray[np.float32], NDArray[np.float32]]:
-        if self._engine is None:
-            raise BackendError("this backend was closed; open the bundle again")
+        engine = self.engine
         x = _join(self.manifest.config, x_t, cond)
         if len(timestep) != len(x):
             raise BackendError(f"x_t has {len(x)} images and timestep {len(timestep)}; expected as many")
-        return self._engine, x.contiguous().numpy(), self._rows(timestep, y)
+        return engine, x.contiguous().numpy(), self._rows(timestep, y)
 
     def _finish(self, out: NDArray[np.float32], timestep: Tensor) -> Tensor:
         result = torch.from_numpy(out)
         return result / timestep[:, None, None, None] if self.manifest.config.divides_by_timestep else result
 
+    @property
+    def engine(self) -> Engine:
+        """What runs; raises BackendError once closed."""
+        if self._engine is None:
+            raise BackendError("this backend was closed; open the bundle again")
+        return self._engine
+
     def close(self) -> None:
-        """End the threads, once the calls that run are done."""
+        """End the threads, once the calls that run are done; those that a classifier shares end with that."""
         if self._engine is not None:
             self._engine.close()
         self._engine = None

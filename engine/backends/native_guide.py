@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from engine.backends.native import check_image, count_cores, find_isa, make_network, told
+from engine.backends.native import NativeBackend, check_image, count_cores, find_isa, make_network, told
 from engine.backends.native_cache import Content, Key, load_or_pack
 from engine.backends.native_gradient import build_gradient, gradient_weights
 from engine.backends.native_program import FORMAT, Program
@@ -25,9 +25,9 @@ class NativeGuide:
     name = "native"
 
     def __init__(
-        self, config: ClassifierConfig, network: Network, content: Content, threads: int | None = None
+        self, config: ClassifierConfig, network: Network, content: Content, threads: int | Engine | None = None
     ) -> None:
-        """threads: None for one on each core that this process may use. Raises BackendError."""
+        """threads: None for one on each core that this process may use, an engine to share its. Raises BackendError."""
         self._config = config
         self.isa, self.precision = network.isa, network.precision
         self._rows = TimeRows(config, content.time)
@@ -37,10 +37,16 @@ class NativeGuide:
             raise BackendError(f"the native engine cannot run this classifier: {error}") from error
 
     @classmethod
-    def open(cls, bundle: Bundle, precision: str = "fp32", threads: int | None = None) -> NativeGuide:
+    def open(
+        cls,
+        bundle: Bundle,
+        precision: str = "fp32",
+        threads: int | None = None,
+        beside: NativeBackend | None = None,
+    ) -> NativeGuide:
         """A bundle's classifier in "fp32" or "bf16"; its weights are packed once and kept in the user's cache folder.
 
-        Raises BackendError or BundleError.
+        beside: the network that is called by turns with it, whose threads it shares. Raises BackendError or BundleError.
         """
         assert bundle.manifest.classifier is not None
         config = bundle.manifest.classifier.config
@@ -55,11 +61,16 @@ class NativeGuide:
 
             return _pack(program, network, load_file(bundle.file(CLASSIFIER_WEIGHTS_NAME)))
 
-        return cls(config, network, load_or_pack(key, network.packed_bytes, pack), threads)
+        shared = threads if beside is None else beside.engine
+        return cls(config, network, load_or_pack(key, network.packed_bytes, pack), shared)
 
     @classmethod
     def from_weights(
-        cls, config: ClassifierConfig, state: Mapping[str, Tensor], threads: int | None = None, isa: Isa | None = None
+        cls,
+        config: ClassifierConfig,
+        state: Mapping[str, Tensor],
+        threads: int | Engine | None = None,
+        isa: Isa | None = None,
     ) -> NativeGuide:
         """A classifier without a bundle, of engine.classifier.Classifier's state dict; isa None: the fastest in fp32.
 

@@ -37,6 +37,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "unetrt_network_packed_bytes": (_BYTES, [_POINTER]),
     "unetrt_network_pack": (ctypes.c_int, [_POINTER, _POINTER, _BYTES, _POINTER, _BYTES]),
     "unetrt_engine_create": (_POINTER, [_POINTER, _POINTER, _BYTES, ctypes.c_int]),
+    "unetrt_engine_create_beside": (_POINTER, [_POINTER, _POINTER, _BYTES, _POINTER]),
     "unetrt_engine_destroy": (None, [_POINTER]),
     "unetrt_engine_run": (ctypes.c_int, [_POINTER, ctypes.c_int, _POINTER, _POINTER, _POINTER]),
     "unetrt_engine_profile": (
@@ -200,16 +201,24 @@ def _find_shapes(words: NDArray[np.int32]) -> tuple[tuple[int, int, int], tuple[
 class Engine:
     """A network with its weights and threads of its own; calls from several threads run one after the other.
 
-    packed: from Network.pack or a file of it; kept for as long as the engine. Raises NativeError for packed weights of
-    another size or alignment.
+    packed: from Network.pack or a file of it; kept for as long as the engine. threads: how many, or an engine whose
+    threads it shares, for two whose calls follow one another. Raises NativeError for packed weights of another size or
+    alignment, and for an engine that was closed.
     """
 
-    def __init__(self, network: Network, packed: NDArray[np.uint8], threads: int) -> None:
+    def __init__(self, network: Network, packed: NDArray[np.uint8], threads: int | Engine) -> None:
         self._library = network._library
         self._shapes = network.input_shape, network.output_shape, network.row_width
         self._operators, self._classifies = network.operators, network.classifies
         self._packed = packed
-        handle = self._library.unetrt_engine_create(network._handle, _address(packed), packed.nbytes, threads)
+        given = network._handle, _address(packed), packed.nbytes
+        if isinstance(threads, Engine):
+            with threads._lock:
+                if threads._handle is None:
+                    raise NativeError("the engine whose threads are to be shared was closed; give a number of threads")
+                handle = self._library.unetrt_engine_create_beside(*given, threads._handle)
+        else:
+            handle = self._library.unetrt_engine_create(*given, threads)
         _check(self._library, handle is not None)
         self._handle: int | None = handle
         self._lock = threading.Lock()

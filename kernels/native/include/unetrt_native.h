@@ -156,6 +156,10 @@ UNETRT_API int unetrt_network_pack(const unetrt_network*, const float* weights, 
 /* An engine with threads of its own, the caller's included. packed: 64-byte aligned, read only, and alive as long as the
  * engine; the network may be destroyed before. */
 UNETRT_API unetrt_engine* unetrt_engine_create(const unetrt_network*, const void* packed, uint64_t bytes, int threads);
+/* An engine on the threads of another one, for two whose calls follow one another: threads of their own would wait for
+ * the cores on which the other's still look for work. Calls of the two run one after the other. */
+UNETRT_API unetrt_engine* unetrt_engine_create_beside(const unetrt_network*, const void* packed, uint64_t bytes,
+                                                      const unetrt_engine* other);
 UNETRT_API void unetrt_engine_destroy(unetrt_engine*);
 
 /* x [batch][input channels][height][width], rows [batch][row width] (NULL where that is 0), out [batch][output

@@ -45,6 +45,13 @@ void require_count(const char* what, uint64_t got, uint64_t expected) {
                         "; they belong to another network");
 }
 
+const float* require_packed(const unetrt::Plan& plan, const void* packed, uint64_t bytes) {
+    require_count("bytes of packed weights", bytes, packed_bytes(plan));
+    const bool is_aligned = reinterpret_cast<uintptr_t>(packed) % 64 == 0;
+    if (bytes > 0 && !is_aligned) throw unetrt::Error("packed weights are not 64-byte aligned");
+    return static_cast<const float*>(packed);
+}
+
 }  // namespace
 
 extern "C" {
@@ -77,12 +84,19 @@ int unetrt_network_pack(const unetrt_network* network, const float* weights, uin
 
 unetrt_engine* unetrt_engine_create(const unetrt_network* network, const void* packed, uint64_t bytes, int threads) {
     return guard<unetrt_engine*>(nullptr, [&] {
-        require_count("bytes of packed weights", bytes, packed_bytes(*network->plan));
-        if (bytes > 0 && reinterpret_cast<uintptr_t>(packed) % 64 != 0) throw unetrt::Error("packed weights are not 64-byte aligned");
+        const float* weights = require_packed(*network->plan, packed, bytes);
         if (threads < 1 || threads > 1024) {
             throw unetrt::Error("threads are " + std::to_string(threads) + "; expected 1 to 1024");
         }
-        return new unetrt_engine{{network->plan, static_cast<const float*>(packed), threads}};
+        return new unetrt_engine{{network->plan, weights, std::make_shared<unetrt::Pool>(threads)}};
+    });
+}
+
+unetrt_engine* unetrt_engine_create_beside(const unetrt_network* network, const void* packed, uint64_t bytes,
+                                           const unetrt_engine* other) {
+    return guard<unetrt_engine*>(nullptr, [&] {
+        const float* weights = require_packed(*network->plan, packed, bytes);
+        return new unetrt_engine{{network->plan, weights, other->engine.pool()}};
     });
 }
 

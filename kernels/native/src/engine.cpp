@@ -34,8 +34,8 @@ Floats::Floats(int64_t count) : count_(count) {
     std::memset(data_.get(), 0, size);
 }
 
-Engine::Engine(std::shared_ptr<const Plan> plan, const float* packed, int threads)
-    : plan_(std::move(plan)), packed_(packed), pool_(threads) {}
+Engine::Engine(std::shared_ptr<const Plan> plan, const float* packed, std::shared_ptr<Pool> pool)
+    : plan_(std::move(plan)), packed_(packed), pool_(std::move(pool)) {}
 
 void Engine::run(int batch, const float* x, const float* rows, float* out, double* seconds) {
     if (batch < 1 || batch > kMostBatch) {
@@ -49,7 +49,7 @@ void Engine::run(int batch, const float* x, const float* rows, float* out, doubl
     pad_rows(batch, rows);
     request_ = {x, out};
     std::vector<double> times(seconds == nullptr ? 0 : bound.tasks.size());
-    pool_.run(bound.tasks, scratch_.data(), scratch_floats_, seconds == nullptr ? nullptr : times.data());
+    pool_->run(bound.tasks, scratch_.data(), scratch_floats_, seconds == nullptr ? nullptr : times.data());
     if (seconds != nullptr) std::fill(seconds, seconds + operators(), 0.0);
     for (size_t i = 0; i < times.size(); ++i) seconds[bound.operators[i]] += times[i];
 }
@@ -74,7 +74,7 @@ void Engine::make_room(int batch) {
     // Whole lines, so that no two threads write one.
     constexpr int64_t unit = kLine / sizeof(float);
     scratch_floats_ = (memory.scratch + unit - 1) / unit * unit;
-    scratch_ = Floats(scratch_floats_ * pool_.threads());
+    scratch_ = Floats(scratch_floats_ * pool_->threads());
     most_ = batch;
 }
 
@@ -83,7 +83,7 @@ const Bound& Engine::find_bound(int batch) {
     const auto known = bound_.find(batch);
     if (known != bound_.end()) return known->second;
     const Places places{packed_, maps_.data(), rows_.data(), statistics_.data(), shared_.data(), &request_};
-    return bound_.emplace(batch, bind(*plan_, batch, pool_.threads(), places)).first->second;
+    return bound_.emplace(batch, bind(*plan_, batch, pool_->threads(), places)).first->second;
 }
 
 void Engine::pad_rows(int batch, const float* rows) {

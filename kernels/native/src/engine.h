@@ -26,16 +26,18 @@ class Floats {
     int64_t count_;
 };
 
-// A plan with its weights, memory and threads; calls from several threads run one after the other.
+// A plan with its weights and memory, and threads that other engines may use too; calls from several threads run one
+// after the other.
 class Engine {
   public:
-    Engine(std::shared_ptr<const Plan> plan, const float* packed, int threads);
+    Engine(std::shared_ptr<const Plan> plan, const float* packed, std::shared_ptr<Pool> pool);
 
     // See unetrt_engine_run and, where seconds is not null, unetrt_engine_profile; raises Error, or std::bad_alloc where
     // the batch does not fit.
     void run(int batch, const float* x, const float* rows, float* out, double* seconds);
     int32_t operators() const { return plan_->operator_count; }
     int64_t arena_bytes();
+    const std::shared_ptr<Pool>& pool() const { return pool_; }
 
   private:
     void make_room(int batch);
@@ -50,8 +52,7 @@ class Engine {
     int most_ = 0;
     Request request_{};
     std::map<int, Bound> bound_;
-    // The last to be made and the first to end.
-    Pool pool_;
+    const std::shared_ptr<Pool> pool_;
 };
 
 }  // namespace unetrt

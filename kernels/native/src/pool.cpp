@@ -47,6 +47,7 @@ void Pool::stop() {
 }
 
 void Pool::run(const std::vector<Task>& tasks, float* scratch, int64_t scratch_floats, double* seconds) {
+    const std::lock_guard lock(calls_);
     if (progress_.size() < tasks.size()) progress_ = std::vector<Progress>(tasks.size());
     for (Progress& progress : progress_) {
         progress.begun = 0;

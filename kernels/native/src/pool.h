@@ -57,7 +57,7 @@ class Pool {
     int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
     // One task after the other, each by all threads; scratch: [threads][scratch_floats]. seconds: [tasks], what each
-    // took, or null. One call at a time.
+    // took, or null. Calls from several threads run one after the other.
     void run(const std::vector<Task>& tasks, float* scratch, int64_t scratch_floats, double* seconds);
 
   private:
@@ -79,6 +79,7 @@ class Pool {
     void serve(int thread);
     void work(const Job& job, int thread);
 
+    std::mutex calls_;
     std::vector<std::thread> workers_;
     std::vector<Progress> progress_;
     Job job_{};
