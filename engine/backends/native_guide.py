@@ -44,9 +44,9 @@ class NativeGuide:
         threads: int | None = None,
         beside: NativeBackend | None = None,
     ) -> NativeGuide:
-        """A bundle's classifier in "fp32" or "bf16"; its weights are packed once and kept in the user's cache folder.
+        """A bundle's classifier in "fp32" or "bf16"; its weights are packed once, in the user's cache folder.
 
-        beside: the network that is called by turns with it, whose threads it shares. Raises BackendError or BundleError.
+        beside: a network called by turns with it, whose threads it shares. Raises BackendError or BundleError.
         """
         assert bundle.manifest.classifier is not None
         config = bundle.manifest.classifier.config

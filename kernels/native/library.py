@@ -221,7 +221,7 @@ class Engine:
             handle = self._library.unetrt_engine_create(*given, threads)
         _check(self._library, handle is not None)
         self._handle: int | None = handle
-        self._lock = threading.Lock()
+        self._lock: threading.Lock = threading.Lock()
         # The weights outlive the engine's threads.
         self._destroy = weakref.finalize(self, _destroy, self._library, handle, packed)
 
