@@ -30,7 +30,7 @@ from benchmarks.timing import Variant, interleave
 from engine.backends.native import NativeBackend, count_cores
 from engine.backends.native_blocks import build_program
 from engine.backends.native_program import NONE, Builder, Code, MapShape, Operator, Program
-from engine.bundle import Bundle
+from engine.bundle import INT8_NAME, Bundle
 from engine.errors import BackendError
 from kernels.native.library import Engine, NativeError, Network, best_isa
 
@@ -39,6 +39,9 @@ _AFFINE = 3
 _WEIGHT = 0.05
 FP32_RMS = 1e-5
 """Of the output, relative to its own root mean square."""
+
+INT8_RMS = 0.02
+"""Of the output, relative to its standard deviation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,19 +200,33 @@ def check_error(bundle: Bundle, backend: NativeBackend) -> Check:
     inputs, network = real_inputs(bundle), reference_network(bundle)
     case = inputs.case
     got = backend(case.x_t, case.timestep, case.y, case.cond)
-    limit = FP32_RMS * _rms(inputs.wanted)
+    limit, what = FP32_RMS * _rms(inputs.wanted), "that of other orders of sums"
     if backend.precision == "bf16":
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            limit = _rms(network(case.x_t, case.timestep, case.y, case.cond).float() - inputs.wanted)
+            rounded = network(case.x_t, case.timestep, case.y, case.cond).float()
+        limit, what = _rms(rounded - inputs.wanted), "that of torch's autocast"
+    elif backend.precision == "int8":
+        limit, what = INT8_RMS * float(inputs.wanted.std()), f"{INT8_RMS:.0%} of the output's standard deviation"
     error = _rms(got - inputs.wanted)
-    what = "torch's autocast" if backend.precision == "bf16" else "other orders of sums"
     return Check(
-        f"native {backend.precision}: rms error beside fp32 torch, at most that of {what}",
+        f"native {backend.precision}: rms error beside fp32 torch, at most {what}",
         error <= limit,
         error,
         limit,
         "a kernel of the CPU engine rounds more than it should; run the tests of kernels/native",
     )
+
+
+def _check_int8(bundle: Bundle, threads: int, missing: list[Missing]) -> list[Check]:
+    """Its error alone: what its convolutions take is beside the others' in step_latency."""
+    try:
+        backend = NativeBackend.open(bundle, "int8", threads)
+    except BackendError as error:
+        missing.append(Missing("native int8", str(error)))
+        return []
+    check = check_error(bundle, backend)
+    backend.close()
+    return [check]
 
 
 def _rms(x: torch.Tensor) -> float:
@@ -231,6 +248,9 @@ def measure(args: argparse.Namespace, command: str) -> Report:
             missing.append(Missing(f"native {precision}", str(error)))
     if not opened:
         raise BackendError("; ".join(each.reason for each in missing))
+    checks = [check_error(bundle, each) for each in opened]
+    if bundle.has(INT8_NAME):
+        checks += _check_int8(bundle, threads, missing)
     program = build_program(bundle.manifest.config)
     measured = [measure_batch(each, program, batch, rounds, threads) for each in opened for batch in batches]
     return Report(
@@ -241,7 +261,7 @@ def measure(args: argparse.Namespace, command: str) -> Report:
         settings={"batches": list(batches), "rounds": rounds, "isa": [each.isa.name.lower() for each in opened]},
         rows=[row for each in measured for row in each.rows],
         comparisons=[each.comparison for each in measured],
-        checks=[check_error(bundle, each) for each in opened],
+        checks=checks,
         missing=missing,
     )
 
