@@ -122,6 +122,7 @@ def entrants_of(subject: Subject) -> tuple[Entrant, ...]:
     return (
         Entrant(OURS, subject.open_ours),
         Entrant(f"{OURS} in fp32", partial(_ours_in_fp32, subject)),
+        Entrant(f"{OURS} in int8", partial(subject.open_ours, "native", "int8")),
         *(Entrant(name, partial(_loop, name, made, subject)) for name, made in loops.items()),
         *(Entrant(name, partial(_loop, name, made, subject), export) for name, made in exported.items()),
         Entrant("TensorRT", partial(_loop, "TensorRT", partial(_tensorrt, subject), subject)),

@@ -32,8 +32,8 @@ struct OfElements {
     static Weights load_weights(const Input* w, int channel, int, int v) {
         return load_pairs(w + v * kChannels * kLanes + channel * kLanes);
     }
-    // Of so many channels of a segment's block, which the weights have whole.
-    static int weights_of(int, int vectors) { return kChannels * vectors * kLanes; }
+    // Of a segment's block, which the weights have whole, and for a whole panel.
+    static int weights_of(int, int) { return kChannels * kPanel; }
     static Weights splat_channels(const Input* a) { return splat_pair(a); }
     static void multiply_add(Weights x, Weights w, Sum& sum) { sum = add_products(x, w, sum); }
 #else
@@ -60,7 +60,7 @@ struct OfBytes {
     static Weights load_weights(const Input* w, int channel, int, int v) {
         return load_fours(reinterpret_cast<const int8_t*>(w) + v * kChannels * kLanes + channel * kLanes);
     }
-    static int weights_of(int, int vectors) { return kChannels * vectors * kLanes; }
+    static int weights_of(int, int) { return kChannels * kPanel; }
     static Weights splat_channels(const Input* a) { return splat_four(a); }
     static void multiply_add(Weights x, Weights w, Sum& sum) { sum = add_products(x, w, sum); }
     // Of output channel `channel` on.
@@ -84,6 +84,7 @@ UNETRT_INLINE void finish(const ConvArgs& args, int block, int y, int position, 
         if (args.add.data != nullptr) value += load(at(args.add, part, out_y, out_x) + image * kBlock + lane);
         store(at(args.dst, part, out_y, out_x) + image * kBlock + lane, value * args.scale);
     }
+    if constexpr (kVectors < kEach) store(at(args.dst, block, out_y, out_x) + image * kBlock + kLanes, Vec{});
 }
 
 template <typename Of, int kPixels, int kRows, int kVectors>
@@ -185,6 +186,11 @@ void rows_of_tiles(const ConvArgs& args, int block, const void* weights, int fro
 
 void conv_piece(const ConvArgs& args, int block, int blocks, const void* weights, int from, int to) {
     constexpr int kPanelBlocks = kPanel / kBlock, kEach = kBlock / kLanes;
+#ifdef UNETRT_ELEMENT_BF16
+    // Half of a block, where that is all that dst has.
+    const bool is_narrow = args.dst.channels - block * kBlock <= kLanes;
+    if (is_narrow) return rows_of_tiles<OfElements, 1>(args, block, weights, from, to);
+#endif
     if (blocks == kPanelBlocks) {
         rows_of_tiles<OfElements, kPanelBlocks * kEach>(args, block, weights, from, to);
     } else {

@@ -85,6 +85,11 @@ class Planner {
         map(index).last = step;
     }
 
+    void use(std::initializer_list<int32_t> sources, int32_t dst) {
+        for (const int32_t source : sources) read(source);
+        write(dst);
+    }
+
     int32_t new_map(int32_t channels, int32_t height, int32_t width) {
         plan_.maps.push_back({channels, height, width, 0, 0, 0, kernels_.block, 0, 0, -1, -1, -1});
         return static_cast<int32_t>(plan_.maps.size()) - 1;
@@ -124,10 +129,7 @@ class Planner {
     }
 
     void add_copy(CopyStep step) {
-        read(step.src[0]);
-        read(step.src[1]);
-        read(step.add);
-        write(step.dst);
+        use({step.src[0], step.src[1], step.add}, step.dst);
         plan_.steps.push_back(step);
     }
 
@@ -163,10 +165,7 @@ class Planner {
             measure(step.src[0]);
             measure(step.src[1]);
         }
-        read(step.src[0]);
-        read(step.src[1]);
-        read(step.add);
-        write(step.dst);
+        use({step.src[0], step.src[1], step.add}, step.dst);
         plan_.steps.push_back(step);
     }
 
@@ -183,26 +182,21 @@ class Planner {
         NormStep norm = start_norm(op);
         norm.src[1] = -1;
         measure(op.src[0]);
-        read(op.src[0]);
-        read(op.src[1]);
-        read(op.add);
-        write(op.dst);
+        use({op.src[0], op.src[1], op.add}, op.dst);
         plan_.steps.push_back(NormGradientStep{norm, op.src[1]});
     }
 
     void lower_attention_gradient(const unetrt_operator& op) {
-        read(op.src[0]);
-        read(op.src[1]);
-        write(op.dst);
+        use({op.src[0], op.src[1]}, op.dst);
         plan_.steps.push_back(AttentionGradientStep{op.src[0], op.src[1], op.dst, op.heads, op.dim});
     }
 
     void lower_tokens(const unetrt_operator& op, int32_t pixels, int32_t tokens) {
-        const bool is_gradient = op.code == UNETRT_PIXELS;
-        const int32_t learned = map(tokens).channels * map(tokens).width;
-        read(op.src[0]);
-        write(op.dst);
-        plan_.steps.push_back(TokensStep{pixels, tokens, is_gradient ? -1 : pack_vector(op.weight, learned), is_gradient});
+        TokensStep step{pixels, tokens, -1, op.code == UNETRT_PIXELS};
+        const bool has_learned = !step.is_gradient && op.weight != -1;
+        if (has_learned) step.learned = pack_vector(op.weight, map(tokens).channels * map(tokens).width);
+        use({op.src[0]}, op.dst);
+        plan_.steps.push_back(step);
     }
 
     void lower_classify(const unetrt_operator& op) {
@@ -210,8 +204,7 @@ class Planner {
         step.weight = pack_vector(op.weight, op.groups * map(op.src[0]).channels);
         step.bias = pack_vector(op.bias, op.groups);
         step.row = pad_row(op.row, 2, 1);
-        read(op.src[0]);
-        write(op.dst);
+        use({op.src[0]}, op.dst);
         plan_.steps.push_back(step);
     }
 
@@ -219,16 +212,13 @@ class Planner {
         const int32_t floats = 2 * op.heads * op.memory * op.dim;
         const int64_t learned = op.memory > 0 ? pack_vector(op.weight, floats) : -1;
         const bool is_linear = op.code == UNETRT_LINEAR_ATTENTION;
-        read(op.src[0]);
-        write(op.dst);
+        use({op.src[0]}, op.dst);
         plan_.steps.push_back(
             AttentionStep{is_linear, op.src[0], op.dst, op.heads, op.dim, op.memory, op.scale, op.eps, learned});
     }
 
     void lower_resample(const unetrt_operator& op) {
-        read(op.src[0]);
-        read(op.add);
-        write(op.dst);
+        use({op.src[0], op.add}, op.dst);
         plan_.steps.push_back(ResampleStep{op.src[0], op.dst, op.add, op.kind, op.pad, op.scale});
     }
 
@@ -383,8 +373,7 @@ class Planner {
         }
         // One border for all, so that rows of all sources are as far apart.
         for (const Tap& tap : step.taps) map(tap.map).border = std::max(map(tap.map).border, most);
-        read(step.add);
-        write(step.dst);
+        use({step.add}, step.dst);
         const int64_t bytes = has_bytes ? 1 : kernels_.takes_pairs ? 2 : 4;
         step.panel_floats = inputs * kernels_.panel * bytes / 4;
         step.weights = reserve(inputs * pad_channels(step.out_channels) * bytes / 4);
