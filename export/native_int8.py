@@ -26,7 +26,7 @@ from engine.backends.native_program import Program
 from engine.bundle import INT8_NAME, Measurement
 from engine.errors import ExportError
 from engine.unet import UNet
-from export.verify import LIMITS, Case, Difference, join
+from export.verify import Case, Difference, join
 from kernels import reference as ops
 
 logger = logging.getLogger(__name__)
@@ -85,13 +85,13 @@ def choose_int8(unet: UNet, cases: Sequence[Case]) -> Int8Choice:
     count = sum(total <= NETWORK_LIMIT**2 for total in itertools.accumulate(shares[name] ** 2 for name in order))
     together = _Wanted(unet, cases)
     difference = together.judge({name: ranges[name] for name in order[:count]})
-    while difference.rms > NETWORK_LIMIT * together.deviation and count:
+    while count and not difference.rms <= NETWORK_LIMIT * together.deviation:
         count -= 1
         difference = together.judge({name: ranges[name] for name in order[:count]})
     for name in order[count:]:
         logger.info("%s stays in bf16: in int8 it alone gives an error of %.2g of the output", name, shares[name])
     measurement = Measurement(
-        INT8_NAME, "torch cpu", "int8", difference.max_abs, difference.rms, difference.wanted_rms, LIMITS["int8"]
+        INT8_NAME, "torch cpu", "int8", difference.max_abs, difference.rms, difference.wanted_rms, NETWORK_LIMIT
     )
     return Int8Choice({name: ranges[name] for name in order[:count]}, tuple(order[count:]), measurement)
 
