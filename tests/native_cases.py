@@ -14,8 +14,11 @@ import test_family_tutorial as tutorial
 import test_family_w86763777 as w86763777
 from helpers import adm_unet
 from hypothesis import strategies as st
+from torch import Tensor
 
 from engine import config as c
+from kernels.native import library
+from kernels.native.library import Isa, NativeError
 
 UP, DOWN = c.Resample.UP, c.Resample.DOWN
 
@@ -322,6 +325,18 @@ class Draw:
         else:
             self.add(c.Conv(self.channels, 4), 4)
             self.add(c.ImageAdd())
+
+
+def instruction_sets() -> tuple[Isa, ...]:
+    """Of the library and this machine; none without a library."""
+    try:
+        return library.instruction_sets()
+    except NativeError:
+        return ()
+
+
+def rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
 
 
 # A network in which no block sees the timestep has a linear layer without rows.

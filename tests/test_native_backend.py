@@ -14,7 +14,7 @@ from exported import network_inputs
 from helpers import adm_unet, random_network, tiny_manifest, write_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cases import ADM, BLOCKS, EMPTY_LAYER, FAMILIES, networks
+from native_cases import ADM, BLOCKS, EMPTY_LAYER, FAMILIES, instruction_sets, networks, rms
 from torch import Tensor
 
 from engine import config as c
@@ -40,19 +40,8 @@ BF16_TO_AUTOCAST = 2.0
 BF16_ROUNDING = 2**-8
 
 
-def instruction_sets() -> tuple[Isa, ...]:
-    try:
-        return library.instruction_sets()
-    except NativeError:
-        return ()
-
-
 def open_network(config: c.UNetConfig, isa: Isa | None = None, threads: int = 2, seed: int = 0) -> NativeBackend:
     return NativeBackend.from_weights(tiny_manifest(config), random_network(config, seed).state_dict(), threads, isa)
-
-
-def rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
 
 
 def one_image(inputs: dict[str, Tensor], index: int) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import adm_classifier, adm_unet, random_network, tiny_manifest
+from native_cases import instruction_sets, rms
 from native_interpreter import run_program
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,7 +23,7 @@ from engine.bundle import CLASSIFIER_WEIGHTS_NAME, Bundle, ClassifierEntry, writ
 from engine.classifier import AutogradGuide, Classifier
 from engine.errors import BackendError
 from kernels.native import library
-from kernels.native.library import Isa, NativeError
+from kernels.native.library import Isa
 from recipes.classifier_net import digits_classifier
 
 needs_library = pytest.mark.skipif(
@@ -34,13 +35,6 @@ FP32_LIMIT = 1e-4
 # Beside torch's autocast, forwards and backwards.
 BF16_TO_AUTOCAST = 2.0
 BF16_ROUNDING = 2**-8
-
-
-def instruction_sets() -> tuple[Isa, ...]:
-    try:
-        return library.instruction_sets()
-    except NativeError:
-        return ()
 
 
 def relu(config: c.ClassifierConfig) -> c.ClassifierConfig:
@@ -83,10 +77,6 @@ def make_inputs(config: c.ClassifierConfig, batch: int, seed: int = 0) -> tuple[
     scale[-1] = 0
     labels = torch.randint(config.num_classes, (batch,), generator=rng)
     return x_t, torch.rand(batch, generator=rng) * 999, labels, scale
-
-
-def rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)

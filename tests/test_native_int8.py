@@ -13,7 +13,7 @@ from exported import network_inputs
 from helpers import adm_unet, random_network, tiny_manifest, write_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cases import ADM, BLOCKS, EMPTY_LAYER, between, network, networks, res
+from native_cases import ADM, BLOCKS, EMPTY_LAYER, between, instruction_sets, network, networks, res, rms
 from native_interpreter import run_program
 from torch import Tensor
 
@@ -35,18 +35,8 @@ from kernels.native.library import Isa, NativeError, Network
 pytestmark = pytest.mark.filterwarnings(EMPTY_LAYER)
 
 
-def instruction_sets() -> list[Isa]:
-    try:
-        return [isa for isa in library.instruction_sets() if isa.precision == "bf16"]
-    except NativeError:
-        return []
-
-
-needs_bf16 = pytest.mark.skipif(not instruction_sets(), reason="int8 needs a CPU and a library with bf16")
-
-
-def rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
+BF16_SETS = [isa for isa in instruction_sets() if isa.precision == "bf16"]
+needs_bf16 = pytest.mark.skipif(not BF16_SETS, reason="int8 needs a CPU and a library with bf16")
 
 
 def candidates_of(config: c.UNetConfig) -> tuple[str, ...]:
@@ -78,7 +68,7 @@ def one_convolution(channels: int, out: int, size: tuple[int, int], has_more: bo
 
 
 @needs_bf16
-@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("isa", BF16_SETS)
 @pytest.mark.parametrize("has_more", [False, True])
 @pytest.mark.parametrize(("channels", "out"), [(3, 5), (40, 33), (64, 64), (70, 100), (130, 20)])
 def test_sums_are_exact(isa: Isa, channels: int, out: int, has_more: bool) -> None:
@@ -112,7 +102,7 @@ def run_native(program: Program, isa: Isa, weights: dict[str, Tensor], x: Tensor
 
 
 @needs_bf16
-@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("isa", BF16_SETS)
 def test_what_no_byte_holds(isa: Isa) -> None:
     """Values far outside are held at the ends of the range; weights that are zeros or no numbers stay that."""
     program = with_int8(one_convolution(2, 3, (1, 1), False), {"a.conv1": ByteRange(1.0, 5)})
@@ -151,7 +141,7 @@ def assert_runs(config: c.UNetConfig, isa: Isa, seed: int = 0) -> None:
 
 
 @needs_bf16
-@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("isa", BF16_SETS)
 @pytest.mark.parametrize("name", NAMES)
 def test_each_block_and_option(name: str, isa: Isa) -> None:
     assert_runs((BLOCKS | ADM)[name], isa)
@@ -161,7 +151,7 @@ def test_each_block_and_option(name: str, isa: Isa) -> None:
 @settings(max_examples=15)
 @given(config=networks().filter(candidates_of), seed=st.integers(0, 99), data=st.data())
 def test_networks_of_any_blocks(config: c.UNetConfig, seed: int, data: st.DataObject) -> None:
-    assert_runs(config, data.draw(st.sampled_from(instruction_sets())), seed)
+    assert_runs(config, data.draw(st.sampled_from(BF16_SETS)), seed)
 
 
 @pytest.mark.parametrize("name", ["res block", "shortcut", "scale and shift", "groups out", "conv first group, to 12"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +25,8 @@ from engine.errors import BackendError
 from kernels.native.library import Engine, Isa, NativeError, Network, best_isa
 
 _CPUS = Path("/sys/devices/system/cpu")
+
+Prepare = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
 
 class NativeBackend:
@@ -53,11 +55,7 @@ class NativeBackend:
         ranges = read_ranges(bundle.file(INT8_NAME)) if precision == "int8" else {}
         program = with_int8(build_program(bundle.manifest.config), ranges)
         network = make_network(program, find_isa(precision))
-        entry = bundle.manifest.files.get(WEIGHTS_NAME)
-        digest = hashlib.sha256(program.words().tobytes()).hexdigest()
-        key = Key(entry.sha256 if entry else "", digest, network.isa.name.lower(), FORMAT)
-        content = load_or_pack(key, network.packed_bytes, lambda: _pack_bundle(bundle, program, network))
-        return cls(bundle.manifest, network, content, threads)
+        return cls(bundle.manifest, network, load_weights(bundle, WEIGHTS_NAME, program, network), threads)
 
     @classmethod
     def from_weights(
@@ -172,10 +170,21 @@ def pack_weights(program: Program, network: Network, state: Mapping[str, Tensor]
     return Content({name: value.float() for name, value in time.items()}, network.pack(program.gather(state)))
 
 
-def _pack_bundle(bundle: Bundle, program: Program, network: Network) -> Content:
+def load_weights(bundle: Bundle, name: str, program: Program, network: Network, prepare: Prepare = dict) -> Content:
+    """What an engine needs of the bundle's file `name`: from the user's cache folder, or packed and kept there.
+
+    prepare: makes what the program takes of the file's state dict. Raises BackendError or BundleError.
+    """
+    entry = bundle.manifest.files.get(name)
+    digest = hashlib.sha256(program.words().tobytes()).hexdigest()
+    key = Key(entry.sha256 if entry else "", digest, network.isa.name.lower(), FORMAT)
+    return load_or_pack(key, network.packed_bytes, lambda: _pack_bundle(bundle, name, program, network, prepare))
+
+
+def _pack_bundle(bundle: Bundle, name: str, program: Program, network: Network, prepare: Prepare) -> Content:
     from safetensors.torch import load_file
 
-    return pack_weights(program, network, load_file(bundle.file(WEIGHTS_NAME)))
+    return pack_weights(program, network, prepare(load_file(bundle.file(name))))
 
 
 def _join(config: UNetConfig, x_t: Tensor, cond: Tensor | None) -> Tensor:

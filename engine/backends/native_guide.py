@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from engine.backends.native import NativeBackend, check_image, count_cores, find_isa, make_network, told
-from engine.backends.native_cache import Content, Key, load_or_pack
+from engine.backends.native import (
+    NativeBackend,
+    check_image,
+    count_cores,
+    find_isa,
+    load_weights,
+    make_network,
+    pack_weights,
+    told,
+)
+from engine.backends.native_cache import Content
 from engine.backends.native_gradient import build_gradient, gradient_weights
-from engine.backends.native_program import FORMAT, Program
-from engine.backends.native_rows import PREFIX, TimeRows
+from engine.backends.native_rows import TimeRows
 from engine.bundle import CLASSIFIER_WEIGHTS_NAME, Bundle
 from engine.config import ClassifierConfig
 from engine.errors import BackendError
@@ -52,17 +60,9 @@ class NativeGuide:
         config = bundle.manifest.classifier.config
         program = build_gradient(config)
         network = make_network(program, find_isa(precision))
-        entry = bundle.manifest.files.get(CLASSIFIER_WEIGHTS_NAME)
-        digest = hashlib.sha256(program.words().tobytes()).hexdigest()
-        key = Key(entry.sha256 if entry else "", digest, network.isa.name.lower(), FORMAT)
-
-        def pack() -> Content:
-            from safetensors.torch import load_file
-
-            return _pack(program, network, load_file(bundle.file(CLASSIFIER_WEIGHTS_NAME)))
-
-        shared = threads if beside is None else beside.engine
-        return cls(config, network, load_or_pack(key, network.packed_bytes, pack), shared)
+        prepare = partial(gradient_weights, program)
+        content = load_weights(bundle, CLASSIFIER_WEIGHTS_NAME, program, network, prepare)
+        return cls(config, network, content, threads if beside is None else beside.engine)
 
     @classmethod
     def from_weights(
@@ -78,7 +78,7 @@ class NativeGuide:
         """
         program = build_gradient(config)
         network = make_network(program, find_isa("fp32") if isa is None else isa)
-        return cls(config, network, _pack(program, network, state), threads)
+        return cls(config, network, pack_weights(program, network, gradient_weights(program, state)), threads)
 
     @property
     def config(self) -> ClassifierConfig:
@@ -106,8 +106,3 @@ class NativeGuide:
         if self._engine is not None:
             self._engine.close()
         self._engine = None
-
-
-def _pack(program: Program, network: Network, state: Mapping[str, Tensor]) -> Content:
-    time = {name.removeprefix(PREFIX): value.float() for name, value in state.items() if name.startswith(PREFIX)}
-    return Content(time, network.pack(program.gather(gradient_weights(program, state))))
