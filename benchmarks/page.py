@@ -1,4 +1,6 @@
-"""Reports as a Markdown page, and the README's table: both say what the JSON files say, and nothing else.
+"""Reports as a Markdown page, and the README's table: both say what the JSON files say.
+
+What a reader must know beside the figures stands in the folder's notes.md, which ends the page.
 
 python -m benchmarks.page docs/benchmarks --page docs/benchmarks.md --readme README.md
 """
@@ -18,6 +20,7 @@ from engine.errors import OutputError, RequestError
 from engine.files import atomic_path
 
 ORDER = ("peers", "step_latency", "native_bound", "quality", "kernels", "export_cost")
+NOTES = "notes.md"
 BEGIN, END = "<!-- benchmarks: begin (make bench writes this) -->", "<!-- benchmarks: end -->"
 
 _ABOUT = {
@@ -45,16 +48,23 @@ def read_reports(folder: Path) -> dict[str, Report]:
     return dict(sorted(found.items(), key=lambda item: ORDER.index(item[1].benchmark)))
 
 
+def read_notes(folder: Path) -> str:
+    """A folder's notes, "" where it has none."""
+    path = folder / NOTES
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
-def page(reports: Mapping[str, Report], pictures: str) -> str:
-    """The page of reports by name. pictures: path from the page to their folder."""
+def page(reports: Mapping[str, Report], pictures: str, notes: str = "") -> str:
+    """The page of reports by name. pictures: path from the page to their folder. notes: what ends it."""
     lines = ["# Benchmarks", "", "Written by `make bench`.", ""]
     for name, report in reports.items():
         lines += _section(report, name, pictures)
+    lines += [notes]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -149,7 +159,7 @@ def replace_block(text: str, block: str, where: Path) -> str:
 def run(args: argparse.Namespace) -> None:
     """Write the page, and the README's block where a README is given."""
     reports = read_reports(args.folder)
-    text = page(reports, os.path.relpath(args.folder, args.page.parent))
+    text = page(reports, os.path.relpath(args.folder, args.page.parent), read_notes(args.folder))
     with atomic_path(args.page) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"written: {args.page}")

@@ -37,11 +37,13 @@ def peers_report(checks: tuple[Check, ...] = ()) -> Report:
 def test_the_page_and_the_block_come_from_the_files(tmp_path, capsys):
     (tmp_path / "reports").mkdir()
     peers_report((Check("same images", False, 30.0, 40.0, "look at them"),)).save(tmp_path / "reports" / "peers.json")
+    (tmp_path / "reports" / page.NOTES).write_text("## Why\n\nIt was busy.\n")
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
     argv = [str(tmp_path / "reports"), "--page", str(tmp_path / "page.md"), "--readme", str(readme)]
     assert page.main(argv) == 0
     text = (tmp_path / "page.md").read_text()
+    assert text.endswith("\n\n## Why\n\nIt was busy.\n")
     assert "| torch eager | ddim50 | True | 4 | 1 |" in text
     assert "| setting ddim50 guided True batch 4 | torch eager | UNet-RT | 4.000 | 3.900 to 4.120 | slower |" in text
     assert "- not measured: trt: no GPU" in text
@@ -74,7 +76,9 @@ def test_the_readme_says_what_the_shipped_reports_say():
     reports = page.read_reports(ROOT / "docs" / "benchmarks")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text == page.replace_block(text, page.headline(reports["peers"]), ROOT / "README.md")
-    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == page.page(reports, "benchmarks")
+    notes = page.read_notes(ROOT / "docs" / "benchmarks")
+    assert "falls short" in notes
+    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == page.page(reports, "benchmarks", notes)
 
 
 @pytest.fixture
