@@ -51,7 +51,12 @@ def parts(work: Path) -> tuple[Part, ...]:
         Part("export_cost", "export_cost", ("--short", "--keep", str(work)), 400),
         Part("peers", "peers", (digits, "--short"), 500),
         Part("step_latency", "step_latency", (digits, "--short"), 300),
-        Part("step_latency-ddpm", "step_latency", (ddpm, "--short", "--batches", "1,8", "--seconds", "190"), 400),
+        Part(
+            "step_latency-ddpm",
+            "step_latency",
+            (ddpm, "--short", "--batches", "1,8", "--rounds", "24", "--seconds", "190"),
+            400,
+        ),
         Part("native_bound", "native_bound", (ddpm, "--short"), 200),
         Part("quality", "quality", (digits, "--short"), 400),
         Part("kernels", "kernels", ("--short",), 200),
