@@ -150,6 +150,8 @@ def test_inputs_that_do_not_fit() -> None:
         guide(x_t, timestep, y, scale.double())
     with pytest.raises(BackendError, match=r"labels are \[3, 3\]; expected 0 to 2"):
         guide(x_t, timestep, torch.full_like(y, 3), scale)
+    # Of an image that is not guided, the network's label for none.
+    assert torch.equal(guide(x_t, timestep, torch.tensor([int(y[0]), 3]), scale)[0], guide(x_t, timestep, y, scale)[0])
     guide.close()
     with pytest.raises(BackendError, match="this classifier was closed"):
         guide(x_t, timestep, y, scale)

@@ -93,8 +93,11 @@ class NativeGuide:
         for name, value, dtype in given:
             if value.shape != (len(x_t),) or value.dtype != dtype:
                 raise BackendError(f"{name} is {list(value.shape)} {value.dtype}; expected [{len(x_t)}] {dtype}")
-        if not bool(((y >= 0) & (y < self._config.num_classes)).all()):
+        # An image that is not guided may have a label that only the network knows.
+        is_known = (y >= 0) & (y < self._config.num_classes)
+        if not bool((is_known | (scale == 0)).all()):
             raise BackendError(f"labels are {y.tolist()}; expected 0 to {self._config.num_classes - 1}")
+        y = torch.where(is_known, y, 0)
         projected = torch.from_numpy(self._rows(timestep, None))
         rows = torch.cat([projected, y[:, None].float(), scale.detach()[:, None]], dim=1)
         with told():
