@@ -48,8 +48,27 @@ def one_image(inputs: dict[str, Tensor], index: int) -> dict[str, Tensor]:
     return {name: value[index : index + 1] for name, value in inputs.items()}
 
 
-def assert_runs(config: c.UNetConfig, isa: Isa, seed: int = 0) -> None:
-    """Close to torch, and for each image the same bits in a batch, alone, and on one thread."""
+def in_float64(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def allowance(config: c.UNetConfig, inputs: dict[str, Tensor], precision: str, seed: int) -> float:
+    """How much further off than usual a network may be in which roundings grow, as in a norm of two equal pixels.
+
+    By what they grow to in torch's own fp32, whose roundings are 2^-24, bf16's 2^-9.
+    """
+    unet = random_network(config, seed)
+    with torch.no_grad():
+        single = unet(**inputs)
+        grown = float((single - unet.double()(**in_float64(inputs))).abs().max())
+    return grown * (4 if precision == "fp32" else 2**15)
+
+
+def assert_runs(config: c.UNetConfig, isa: Isa, seed: int = 0, is_drawn: bool = False) -> None:
+    """Close to torch, and for each image the same bits in a batch, alone, and on one thread.
+
+    is_drawn: the network may be one in which roundings grow, torch's too.
+    """
     inputs = network_inputs(config, 3, 100, seed)
     with torch.inference_mode():
         unet = random_network(config, seed)
@@ -60,10 +79,12 @@ def assert_runs(config: c.UNetConfig, isa: Isa, seed: int = 0) -> None:
     assert backend.precision == isa.precision
     got = backend(**inputs)
     assert got.shape == expected.shape
+    more = allowance(config, inputs, isa.precision, seed) if is_drawn else 0.0
     if isa.precision == "fp32":
-        assert float((got - expected).abs().max()) <= FP32_OTHER_ORDER * float(expected.abs().max())
+        assert float((got - expected).abs().max()) <= FP32_OTHER_ORDER * float(expected.abs().max()) + more
     else:
-        assert rms(got - expected) <= BF16_TO_AUTOCAST * rms(rounded - expected) + BF16_ROUNDING * rms(expected)
+        limit = BF16_TO_AUTOCAST * rms(rounded - expected) + BF16_ROUNDING * rms(expected)
+        assert rms(got - expected) <= limit + more
     alone = open_network(config, isa, threads=1, seed=seed)
     for index in range(3):
         assert torch.equal(alone(**one_image(inputs, index))[0], got[index])
@@ -86,7 +107,7 @@ def test_networks_of_each_family(tmp_path: Path, name: str, isa: Isa) -> None:
 @settings(max_examples=30)
 @given(config=networks(), seed=st.integers(0, 99), data=st.data())
 def test_networks_of_any_blocks(config: c.UNetConfig, seed: int, data: st.DataObject) -> None:
-    assert_runs(config, data.draw(st.sampled_from(instruction_sets())), seed)
+    assert_runs(config, data.draw(st.sampled_from(instruction_sets())), seed, is_drawn=True)
 
 
 @pytest.mark.parametrize("isa", [isa for isa in instruction_sets() if isa.precision == "fp32"])
