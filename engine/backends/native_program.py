@@ -158,11 +158,6 @@ class Program:
         maps, operators = [m.words() for m in self.maps], [op.words() for op in self.operators]
         return np.concatenate([np.array(header, np.int32), *maps, *operators])
 
-    @property
-    def has_bytes(self) -> bool:
-        """Whether an operator computes in int8."""
-        return any(shape.scale for shape in self.maps)
-
     def gather(self, state: Mapping[str, Tensor]) -> NDArray[np.float32]:
         """The weights [weight_count] float32 out of a state dict; raises BackendError for one that does not fit."""
         gathered = np.empty(self.weight_count, np.float32)

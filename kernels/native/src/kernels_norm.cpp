@@ -170,7 +170,8 @@ struct ToBytes {
         store_bytes(reinterpret_cast<uint8_t*>(line) + v * kLanes, value * steps, Ints{} + zero);
     }
     void finish_border(const Map& map, int block, int from, int to) const {
-        if (block % 2 == 0) fill_border(map, block / 2, from, to, reinterpret_cast<Vec>(Ints{} + zero * 0x01010101));
+        const auto four = static_cast<int32_t>(static_cast<uint32_t>(zero) * 0x01010101u);
+        if (block % 2 == 0) fill_border(map, block / 2, from, to, reinterpret_cast<Vec>(Ints{} + four));
     }
     float steps;
     int32_t zero;
