@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.report import EXIT_RED, Comparison, Report, print_table, read_report
 from benchmarks.stats import Ratio
-from engine.command import run_command
+from engine.cli.command import run_command
 from engine.errors import RequestError
 
 MOST_LOAD = 0.5

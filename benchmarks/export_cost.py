@@ -32,12 +32,13 @@ from benchmarks.export_picture import draw
 from benchmarks.export_run import PHASES, ExportRun, run_export
 from benchmarks.harness import make_parser, run_benchmark
 from benchmarks.report import Check, Missing, Report, Row
-from engine.bundle import WEIGHTS_NAME, Bundle, is_bundle
+from engine.bundle.folder import Bundle, is_bundle
+from engine.bundle.manifest import WEIGHTS_NAME
+from engine.checkpoints.facts import add_fact_arguments, facts_from_arguments
 from engine.errors import MissingPackageError, RequestError
-from engine.facts import add_fact_arguments, facts_from_arguments
 from engine.files import atomic_folder, make_folder
 from export.to_trt import parse_targets
-from export.trt_build import RTX_PIP_LINE, find_builders
+from export.trt.build import RTX_PIP_LINE, find_builders
 
 logger = logging.getLogger(__name__)
 

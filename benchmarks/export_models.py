@@ -10,8 +10,8 @@ from typing import Any
 
 from benchmarks.gpu_parts import CHECKPOINT, CLASSIFIER
 from benchmarks.random_models import ADM_64, DDPM_CIFAR10, write_random_model
+from engine.checkpoints.facts import Facts, flag
 from engine.errors import CheckpointError, RequestError
-from engine.facts import Facts, flag
 
 DIGITS = "digits"
 DIGITS_FACTS: Mapping[str, Any] = {

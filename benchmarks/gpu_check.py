@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from benchmarks import gpu_parts
-from engine.command import run_command, table
+from engine.cli.command import run_command, table
 from engine.device import no_gpu
 from engine.errors import BackendError
 from engine.files import atomic_path, make_folder

@@ -15,15 +15,15 @@ import numpy as np
 from benchmarks.stats import spread
 from benchmarks.step_device import device_step
 from benchmarks.timing import Clock, Variant, interleave, on_stream
-from engine.backends import open_backend
-from engine.backends.trt_library import gpu_capability
-from engine.bundle import Bundle
-from engine.command import run_command
+from engine.backends.registry import open_backend
+from engine.backends.trt.trt_library import gpu_capability
+from engine.bundle.folder import Bundle
+from engine.cli.command import run_command
 from engine.device import Device, cuda_device
+from engine.diffusion.solvers import ddim_table
 from engine.errors import BackendError, RequestError, UNetRTError
 from engine.files import atomic_path
-from engine.sampler import Sampler
-from engine.solvers import ddim_table
+from engine.sampling.sampler import Sampler
 
 BACKENDS = (("eager", "fp32"), ("eager", "fp16"), ("ort", "fp32"), ("trt", "fp16"))
 REFERENCE = "ort:fp32"
@@ -53,7 +53,7 @@ def build(work: Path, with_classifier: bool = False) -> dict[str, Any]:
     compute capability where it knows it.
     """
     from export import to_onnx, to_trt
-    from export.trt_build import find_builders
+    from export.trt.build import find_builders
 
     command = [str(CHECKPOINT), "--out", str(bundle_folder(work)), "--null-class", "10", *_FACTS.split()]
     if with_classifier:

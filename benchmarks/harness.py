@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.report import EXIT_RED, Report, print_report
-from engine.command import run_command
+from engine.cli.command import run_command
 from engine.files import make_folder
 
 

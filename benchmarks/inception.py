@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.checkpoint import read_file, without_wrappers
+from engine.checkpoints.reading import read_file
+from engine.checkpoints.unwrapping import without_wrappers
 from engine.errors import CheckpointError
 
 SIZE = 299

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import Variant
-from engine.backends.native_program import Builder, Code, Operator
+from engine.backends.native.program import Builder, Code, Operator
 from engine.device import Device
 from kernels.native.library import Engine, Network
 

@@ -15,9 +15,9 @@ from benchmarks.kernel_native import NativeOperators
 from benchmarks.report import Missing
 from benchmarks.timing import Variant
 from engine.device import Device
-from engine.fused_update import fused_update
-from engine.operators import TritonOperators
-from engine.step_program import Update, torch_update
+from engine.networks.operators import TritonOperators
+from engine.sampling.fused_update import fused_update
+from engine.sampling.step_program import Update, torch_update
 from kernels import reference
 from kernels.native.library import reason_against
 

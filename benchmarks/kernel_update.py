@@ -10,13 +10,13 @@ from torch import Tensor
 
 from benchmarks.kernel_providers import Provider, torch_provider
 from benchmarks.kernel_shapes import Place, Task
-from engine.config import Conv, UNetConfig
 from engine.device import CpuDevice, Device
-from engine.prediction import Diffusion, Variance
-from engine.schedule import linear_schedule
-from engine.slot_state import SlotState, allocate_state
-from engine.solvers import ddpm_table
-from engine.step_program import Variant as StepVariant
+from engine.diffusion.prediction import Diffusion, Variance
+from engine.diffusion.schedule import linear_schedule
+from engine.diffusion.solvers import ddpm_table
+from engine.networks.config import Conv, UNetConfig
+from engine.sampling.device_state import SlotState, allocate_state
+from engine.sampling.step_program import Variant as StepVariant
 
 UPDATE_FLOPS, VARIANCE_FLOPS = 12, 6
 """An element: x0 3, clamp 2, x_prev 5, its noise 2; the variance between its bounds 4, its root 2. Making the

@@ -27,10 +27,11 @@ from benchmarks.report import Check, Comparison, Missing, Report, Row, Value
 from benchmarks.stats import paired_ratio
 from benchmarks.subject import describe_bundle, real_inputs, reference_network
 from benchmarks.timing import Variant, interleave
-from engine.backends.native import NativeBackend, count_cores
-from engine.backends.native_blocks import build_program
-from engine.backends.native_program import NONE, Builder, Code, MapShape, Operator, Program
-from engine.bundle import INT8_NAME, Bundle
+from engine.backends.native.lowering import build_program
+from engine.backends.native.native_backend import NativeBackend, count_cores
+from engine.backends.native.program import NONE, Builder, Code, MapShape, Operator, Program
+from engine.bundle.folder import Bundle
+from engine.bundle.manifest import INT8_NAME
 from engine.errors import BackendError
 from kernels.native.library import Engine, NativeError, Network, best_isa
 

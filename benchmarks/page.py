@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.environment import describe
 from benchmarks.report import Check, Comparison, Report, Row, Value, check_text, number, read_report
-from engine.command import run_command
+from engine.cli.command import run_command
 from engine.errors import OutputError, RequestError
 from engine.files import atomic_path
 

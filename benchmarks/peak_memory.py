@@ -20,9 +20,9 @@ import torch
 
 from benchmarks.step_loop import SAMPLERS, StepKind, slot_loop, with_guidance
 from benchmarks.subject import parse_names
-from engine.backends import open_backend
-from engine.bundle import Bundle
-from engine.command import run_command
+from engine.backends.registry import open_backend
+from engine.bundle.folder import Bundle
+from engine.cli.command import run_command
 from engine.device import cuda_device
 from engine.errors import BackendError, RequestError
 

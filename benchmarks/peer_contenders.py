@@ -18,16 +18,16 @@ from benchmarks.peer_loops import Task, classifier_gradient, reason_against_step
 from benchmarks.peer_lucidrains import LucidrainsContender
 from benchmarks.peer_networks import OpenNetwork
 from benchmarks.peer_turns import Gate, open_gate
-from engine.backends import Backend
-from engine.bundle import Bundle
-from engine.classifier import Classifier
-from engine.config import UNetConfig
+from engine.backends.protocol import Backend
+from engine.bundle.folder import Bundle
+from engine.diffusion.guidance import ClassifierGuidance, Guide
+from engine.diffusion.prediction import Diffusion
 from engine.errors import BackendError, RequestError
-from engine.guidance import ClassifierGuidance, Guide
-from engine.prediction import Diffusion
-from engine.sampler import Sampler
-from engine.slots import Request
-from engine.unet import UNet
+from engine.networks.classifier import Classifier
+from engine.networks.config import UNetConfig
+from engine.networks.unet import UNet
+from engine.sampling.sampler import Sampler
+from engine.sampling.slots import Request
 
 OURS = "UNet-RT"
 

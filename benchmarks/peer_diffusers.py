@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from benchmarks.peer_loops import Setting, Task
 from benchmarks.peer_networks import compile_call, torch_precision
 from benchmarks.peer_turns import Gate, open_gate
-from engine import config as c
+from engine.checkpoints.facts import Facts
+from engine.checkpoints.families.diffusers import translate
+from engine.checkpoints.families.diffusers_options import Options
+from engine.checkpoints.families.diffusers_unet import read_unet
+from engine.checkpoints.folder import FolderContent
+from engine.diffusion.prediction import Diffusion, Prediction, Spacing
 from engine.errors import CheckpointError, MissingPackageError, RequestError
-from engine.facts import Facts
-from engine.families.diffusers import translate
-from engine.families.diffusers_options import Options
-from engine.families.diffusers_unet import read_unet
-from engine.folder import FolderContent
-from engine.prediction import Diffusion, Prediction, Spacing
+from engine.networks import config as c
 
 _ACTIVATIONS = {c.Activation.SILU: "silu", c.Activation.MISH: "mish", c.Activation.GELU: "gelu"}
 _PREDICTIONS = {Prediction.EPS: "epsilon", Prediction.X0: "sample", Prediction.V: "v_prediction"}
@@ -129,7 +129,8 @@ def _width(level: Blocks) -> int:
 def untranslated(options: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> (
     dict[str, Tensor]
 ):  # fmt: skip
-    """Tensors of a UNet2DModel, of these shapes by name, that engine.families.diffusers translates to `weights`.
+    """Tensors of a UNet2DModel, of these shapes by name, that engine.checkpoints.families.diffusers translates to
+    `weights`.
 
     The translator only moves and scales numbers. What it makes of ones is each place's scale, and what it makes of the
     places' numbers, whose two digits go through apart, says where each number came from.

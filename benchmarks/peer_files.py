@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.peer_quality import ASSETS
-from engine.bundle import Bundle
-from engine.checkpoint import file_sha256, load_checkpoint
-from engine.classifier import Classifier
-from engine.config import Attention, ClassifierConfig
+from engine.bundle.folder import Bundle
+from engine.checkpoints.folder import read_folder
+from engine.checkpoints.load import load_checkpoint
 from engine.errors import BundleError, RequestError
-from engine.folder import read_folder
+from engine.files import file_sha256
+from engine.networks.classifier import Classifier
+from engine.networks.config import Attention, ClassifierConfig
 
 
 def checkpoint_of(bundle: Bundle, given: Path | None) -> Path | None:

@@ -1,6 +1,6 @@
 """Sampling loops as a user writes them around any network: DDIM and DDPM, with a classifier's gradient or without.
 
-They share nothing with engine.solvers: schedule arrays, then the papers' formulas, one step after the other.
+They share nothing with engine.diffusion.solvers: schedule arrays, then the papers' formulas, one step after the other.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from benchmarks.peer_turns import LEAST_STEPS, Gate
 from benchmarks.timing import Float64
-from engine.config import LabelInput, UNetConfig
+from engine.diffusion.prediction import Diffusion, Prediction, Spacing, Variance
 from engine.errors import RequestError
-from engine.prediction import Diffusion, Prediction, Spacing, Variance
+from engine.networks.config import LabelInput, UNetConfig
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x_t [B, C, H, W], timestep [B] float32, y [B] int64 or None) -> [B, C', H, W] float32."""

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from benchmarks.peer_loops import Task
 from benchmarks.peer_turns import Gate, open_gate
-from engine.bundle import Manifest
-from engine.checkpoint import read_file
+from engine.bundle.manifest import Manifest
+from engine.checkpoints.reading import read_file
+from engine.diffusion.prediction import Prediction
 from engine.errors import BackendError, OutputError, RequestError
 from engine.files import atomic_path
-from engine.prediction import Prediction
 
 _OBJECTIVES = {Prediction.EPS: "pred_noise", Prediction.X0: "pred_x0", Prediction.V: "pred_v"}
 _RANDOM_NETWORK = {"dim": 32, "dim_mults": (1, 2, 4), "channels": 3}

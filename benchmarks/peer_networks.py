@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from benchmarks.environment import cpu
 from benchmarks.peer_loops import Network
-from engine.backends.ov import has_bf16 as openvino_has_bf16
-from engine.bundle import Bundle, Manifest, write_manifest
-from engine.config import UNetConfig
+from engine.backends.ov.ov_backend import has_bf16 as openvino_has_bf16
+from engine.bundle.folder import Bundle, write_manifest
+from engine.bundle.manifest import Manifest
 from engine.errors import BackendError, ExportError, MissingPackageError
-from engine.precision import cast_unet
-from engine.unet import UNet
-from export.onnx_file import quiet_exporter
-from export.trt_build import find_builders
+from engine.networks.config import UNetConfig
+from engine.networks.half import cast_unet
+from engine.networks.unet import UNet
+from export.onnx.onnx_file import quiet_exporter
+from export.trt.build import find_builders
 
 _OPENVINO_NAMES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 
@@ -188,8 +189,8 @@ def tensorrt_network(unet: UNet, manifest: Manifest, batch: int, folder: Path) -
 
     folder: empty; the plan is put there behind a manifest, as our backend for plans reads it.
     """
-    from engine.backends.trt import TrtBackend
-    from engine.backends.trt_library import gpu_capability
+    from engine.backends.trt.trt_backend import TrtBackend
+    from engine.backends.trt.trt_library import gpu_capability
 
     if not torch.cuda.is_available():
         raise BackendError("TensorRT needs an NVIDIA GPU, and this machine has none")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import Check
-from engine.bundle import Bundle
-from engine.checkpoint import file_sha256
+from engine.bundle.folder import Bundle
+from engine.files import file_sha256
 from recipes.evaluator import load_evaluator, read_digits
 from recipes.guidance_table import psnr
 from recipes.quality import EVALUATOR

@@ -33,7 +33,7 @@ from benchmarks.peer_quality import is_digits
 from benchmarks.peer_tasks import SCALE, make_comparisons, make_rows, make_task, measure_task
 from benchmarks.report import Check, Comparison, Missing, Report, Row
 from benchmarks.subject import describe_bundle, reference_network
-from engine.bundle import Bundle
+from engine.bundle.folder import Bundle
 from engine.errors import BackendError, RequestError
 from engine.threads import torch_threads
 

@@ -29,10 +29,10 @@ from benchmarks.quality_plot import REAL, draw
 from benchmarks.quality_run import Cell, Request, bound_row, classes_in_turn, make_cell, samples_row, save_cell
 from benchmarks.report import Check, Missing, Report, Row
 from benchmarks.subject import EVERY, Name, describe_bundle, open_variants, parse_names
-from engine.bundle import Bundle
-from engine.checkpoint import file_sha256
+from engine.bundle.folder import Bundle
 from engine.errors import BackendError, RequestError
-from engine.sampler import Sampler
+from engine.files import file_sha256
+from engine.sampling.sampler import Sampler
 from recipes.quality import EVALUATOR
 
 DIGITS = EVALUATOR.with_name("digits.pt")

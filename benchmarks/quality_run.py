@@ -16,10 +16,10 @@ from benchmarks.image_sets import ImageSet, Labels, as_floats, as_rgb
 from benchmarks.judges import Figures, Score, Scorer
 from benchmarks.metrics import Psnr, psnr
 from benchmarks.report import Row, Value
-from engine.config import LabelInput, UNetConfig
 from engine.errors import RequestError
 from engine.images import save_npz, to_uint8
-from engine.sampler import Sampler
+from engine.networks.config import LabelInput, UNetConfig
+from engine.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True, slots=True)

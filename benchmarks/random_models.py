@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.peer_lucidrains import write_random_file
-from engine.command import run_command
+from engine.cli.command import run_command
 from engine.errors import MissingPackageError, OutputError
 
 NORM_SPREAD = 0.1

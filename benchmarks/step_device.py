@@ -15,12 +15,13 @@ from torch import Tensor
 
 from benchmarks.step_loop import Network, StepKind
 from benchmarks.step_parts import PartRecorder
+from engine.backends.protocol import Bound, Capturable
 from engine.device import Device, Stream
-from engine.fused_update import update_for
-from engine.guidance import EVERYWHERE, ClassifierGuidance
-from engine.slot_state import Arena, HostSlots, allocate_state
-from engine.solvers import StepTable
-from engine.step_program import Bound, Capturable, StepProgram, Update, Variant
+from engine.diffusion.guidance import EVERYWHERE, ClassifierGuidance
+from engine.diffusion.solvers import StepTable
+from engine.sampling.device_state import Arena, HostSlots, allocate_state
+from engine.sampling.fused_update import update_for
+from engine.sampling.step_program import StepProgram, Update, Variant
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -39,9 +39,10 @@ from benchmarks.step_measure import (
     start_growth,
 )
 from benchmarks.step_picture import draw
-from benchmarks.subject import EVERY, Inputs, Name, describe_bundle, open_variants, parse_names, real_inputs
-from engine.backends import Backend, open_backend
-from engine.bundle import Bundle
+from benchmarks.subject import EVERY, Name, RealInputs, describe_bundle, open_variants, parse_names, real_inputs
+from engine.backends.protocol import Backend
+from engine.backends.registry import open_backend
+from engine.bundle.folder import Bundle
 from engine.errors import BackendError, RequestError, UNetRTError
 from export.verify import Difference
 
@@ -76,7 +77,7 @@ class Run:
 
     bundle: Bundle
     networks: Mapping[str, Network]
-    inputs: Inputs
+    inputs: RealInputs
     auto: str | None
     baseline: str
 

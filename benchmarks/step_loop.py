@@ -8,19 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.backends import Backend, open_guide
-from engine.bundle import Bundle
-from engine.config import LabelInput, UNetConfig
-from engine.cuda_graph import GraphSlots, SlotBatch
+from engine.backends.protocol import Backend, is_capturable
+from engine.backends.registry import open_guide
+from engine.bundle.folder import Bundle
 from engine.device import Device
+from engine.diffusion.guidance import ClassifierGuidance
+from engine.diffusion.noise import NoiseSource, normal
+from engine.diffusion.prediction import Diffusion
+from engine.diffusion.solvers import StepTable, ddim_table, ddpm_table
 from engine.errors import RequestError
-from engine.fused_update import update_for
-from engine.guidance import ClassifierGuidance
-from engine.noise import NoiseSource, normal
-from engine.prediction import Diffusion
-from engine.slots import Request, Slots, Step
-from engine.solvers import StepTable, ddim_table, ddpm_table
-from engine.step_program import is_capturable
+from engine.networks.config import LabelInput, UNetConfig
+from engine.sampling.fused_update import update_for
+from engine.sampling.graph_slots import GraphSlots
+from engine.sampling.pool import SlotBatch
+from engine.sampling.slots import Request, Slots, Step
 from kernels.reference import solver_update
 
 SAMPLERS: dict[str, Callable[[Diffusion, int], StepTable]] = {"ddpm": ddpm_table, "ddim": ddim_table}
@@ -56,7 +57,7 @@ class Network:
 
     @property
     def is_on_device(self) -> bool:
-        """Whether its steps are replays of a CUDA graph; engine.cuda_graph.SlotPool decides in the same way."""
+        """Whether its steps are replays of a CUDA graph; engine.sampling.pool.SlotPool decides in the same way."""
         guide = None if self.guidance is None else self.guidance.guide
         return is_capturable(self.backend) and (guide is None or is_capturable(guide))
 
@@ -126,7 +127,9 @@ def slot_loop(
     noise: NoiseSource = normal,
     update: SolverUpdate = solver_update,
 ) -> SlotLoop:
-    """Slots as engine.sampler would take them. device: for a network that is on one; noise and update do not apply."""
+    """Slots as engine.sampling.sampler would take them. device: for a network that is on one; noise and update do not
+    apply.
+    """
     backend, guidance = network.backend, network.guidance
     slots: SlotBatch
     if device is None:

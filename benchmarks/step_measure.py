@@ -12,7 +12,7 @@ from benchmarks.stats import LEAST_ROUNDS, spread
 from benchmarks.step_device import recorded_device_step
 from benchmarks.step_loop import Network, StepKind, slot_loop
 from benchmarks.step_parts import CudaMarks, Marks, PartRecorder, Split, WallMarks, recorded_loop
-from benchmarks.subject import Inputs
+from benchmarks.subject import RealInputs
 from benchmarks.timing import Clock, Series, Variant, interleave, on_stream, wall_ms
 from engine.device import Device, cuda_device
 from export.verify import Difference
@@ -69,7 +69,7 @@ def measure_batch(
     networks: Mapping[str, Network],
     kind: StepKind,
     batch: int,
-    inputs: Inputs,
+    inputs: RealInputs,
     rounds: int,
     budget_s: float,
     settle: int = 1,
@@ -117,7 +117,7 @@ def _recorded(
     return Variant(name, recorded_device_step(device, network, kind, batch, recorder).enqueue, recorder)
 
 
-def _error(network: Network, inputs: Inputs, batch: int) -> Difference:
+def _error(network: Network, inputs: RealInputs, batch: int) -> Difference:
     case, device = inputs.first(batch), network.backend.device
     y, cond = (None if value is None else value.to(device) for value in (case.y, case.cond))
     out = network.backend(case.x_t.to(device), case.timestep.to(device), y, cond)

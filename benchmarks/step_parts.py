@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.step_loop import Network, SlotLoop, StepKind, slot_loop
-from engine.backends import Backend
-from engine.config import ClassifierConfig
-from engine.guidance import ClassifierGuidance, Guide
-from engine.noise import normal
+from engine.backends.protocol import Backend
+from engine.diffusion.guidance import ClassifierGuidance, Guide
+from engine.diffusion.noise import normal
+from engine.networks.config import ClassifierConfig
 from kernels.reference import solver_update
 
 P = ParamSpec("P")
@@ -134,7 +134,7 @@ class PartRecorder:
 
 
 class RecordedBackend:
-    """A backend whose calls are the part "network"; see engine.backends.Backend."""
+    """A backend whose calls are the part "network"; see engine.backends.protocol.Backend."""
 
     def __init__(self, backend: Backend, recorder: PartRecorder) -> None:
         self.name, self.precision = backend.name, backend.precision
@@ -147,7 +147,7 @@ class RecordedBackend:
 
 
 class RecordedGuide:
-    """A guide whose calls are the part "gradient"; see engine.guidance.Guide."""
+    """A guide whose calls are the part "gradient"; see engine.diffusion.guidance.Guide."""
 
     def __init__(self, guide: Guide, recorder: PartRecorder) -> None:
         self._config = guide.config

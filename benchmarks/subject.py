@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import Missing
-from engine.backends import Backend, open_backend
-from engine.backends.ov import has_bf16
-from engine.bundle import WEIGHTS_NAME, Bundle
-from engine.checkpoint import build_unet
+from engine.backends.ov.ov_backend import has_bf16
+from engine.backends.protocol import Backend
+from engine.backends.registry import open_backend
+from engine.bundle.folder import Bundle
+from engine.bundle.manifest import WEIGHTS_NAME
+from engine.checkpoints.types import build_unet
 from engine.errors import BackendError, RequestError, UNetRTError
-from engine.unet import UNet
-from export.verify import Case, join, real_cases
+from engine.networks.inputs import Inputs, join_inputs
+from engine.networks.unet import UNet
+from export.verify import real_cases
 
 Name = tuple[str, str]
 """A backend and its precision, ("ov", "fp32") say."""
@@ -90,17 +93,17 @@ def open_variants(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Inputs:
+class RealInputs:
     """Calls on real trajectories as one batch, and the fp32 network's output of it."""
 
-    case: Case
+    case: Inputs
     wanted: Tensor
 
-    def first(self, batch: int) -> Case:
+    def first(self, batch: int) -> Inputs:
         """The calls as a batch of this many, repeated where there are fewer."""
         rows = torch.arange(batch) % len(self.case.x_t)
         y, cond = self.case.y, self.case.cond
-        return Case(
+        return Inputs(
             self.case.x_t[rows],
             self.case.timestep[rows],
             None if y is None else y[rows],
@@ -112,10 +115,10 @@ class Inputs:
         return self.wanted[torch.arange(batch) % len(self.wanted)]
 
 
-def real_inputs(bundle: Bundle) -> Inputs:
+def real_inputs(bundle: Bundle) -> RealInputs:
     """Inputs as sampling meets them, timesteps spread over the schedule, with the fp32 network's outputs."""
     network = reference_network(bundle)
     cases = real_cases(network, bundle.manifest)
-    batch = join([case for case in cases if not case.is_single] or cases)
+    batch = join_inputs([case for case in cases if not case.is_single] or cases)
     with torch.no_grad():
-        return Inputs(batch, network(batch.x_t, batch.timestep, batch.y, batch.cond))
+        return RealInputs(batch, network(batch.x_t, batch.timestep, batch.y, batch.cond))

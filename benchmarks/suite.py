@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.report import EXIT_RED
-from engine.command import run_command, table
+from engine.cli.command import run_command, table
 from engine.errors import BackendError
 from engine.files import make_folder
 

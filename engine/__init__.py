@@ -8,9 +8,13 @@ from engine._kernels_check import require_own_kernels
 
 require_own_kernels()
 
-from engine.backends import open_backend  # noqa: E402
-from engine.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
-from engine.config import UNetConfig  # noqa: E402
+from engine.backends.registry import open_backend  # noqa: E402
+from engine.checkpoints.load import load_checkpoint  # noqa: E402
+from engine.checkpoints.types import Checkpoint  # noqa: E402
+from engine.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance  # noqa: E402
+from engine.diffusion.noise import RecordedNoise  # noqa: E402
+from engine.diffusion.schedule import NoiseSchedule  # noqa: E402
+from engine.diffusion.solvers import ddim_table, ddpm_table, dpmpp_table, plms_table  # noqa: E402
 from engine.errors import (  # noqa: E402
     BackendError,
     BundleError,
@@ -23,11 +27,8 @@ from engine.errors import (  # noqa: E402
     UNetRTError,
     UnknownFamilyError,
 )
-from engine.guidance import ClassifierFreeGuidance, ClassifierGuidance  # noqa: E402
-from engine.noise import RecordedNoise  # noqa: E402
-from engine.sampler import Sampler  # noqa: E402
-from engine.schedule import NoiseSchedule  # noqa: E402
-from engine.solvers import ddim_table, ddpm_table, dpmpp_table, plms_table  # noqa: E402
+from engine.networks.config import UNetConfig  # noqa: E402
+from engine.sampling.sampler import Sampler  # noqa: E402
 
 __all__ = [
     "BackendError",

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli_info import info
-from engine.cli_sample import sample
-from engine.command import run_command
-from engine.facts import add_fact_arguments
+from engine.checkpoints.facts import add_fact_arguments
+from engine.cli.command import run_command
+from engine.cli.info import info
+from engine.cli.sample import sample
 
 _EXAMPLES = """examples:
   python -m engine sample digits.engine -n 64 --steps 50 --sampler ddim --class 7 --seed 0 --out samples

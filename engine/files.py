@@ -8,6 +8,7 @@ reader never sees a half-written file and a failure leaves the old one. Only a k
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import shutil
@@ -148,3 +149,9 @@ def _is_about(filename: object, written: Path) -> bool:
         return False
     named = Path(os.path.realpath(os.fsdecode(filename)))
     return named == written or written in named.parents or named in written.parents
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import config as c
-from engine.operators import REFERENCE, UsesOperators
-from engine.unet import UNet
+from engine.networks import config as c
+from engine.networks.operators import REFERENCE, UsesOperators
+from engine.networks.unet import UNet
 from kernels import reference
 
 LARGEST = 65504.0
@@ -36,7 +36,7 @@ MOST_ROUNDING = 2e-2
 
 @dataclass(frozen=True, slots=True)
 class Fp32Part:
-    """A part to leave in float32, named as engine.precision does, and why."""
+    """A part to leave in float32, named as engine.networks.half does, and why."""
 
     name: str
     reason: str

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from engine.errors import ExportError
-from engine.precision import cast_unet
-from engine.unet import UNet
+from engine.networks.half import cast_unet
+from engine.networks.unet import UNet
 
 
 class Precision(Enum):
@@ -52,7 +52,7 @@ NOTES = {
 
 
 def typed_unet(unet: UNet, precision: Precision, fp32_parts: Collection[str] = ()) -> UNet:
-    """A copy in the precision's type, but for the parts named as engine.precision does.
+    """A copy in the precision's type, but for the parts named as engine.networks.half does.
 
     Raises ExportError for a weight beyond the type's range.
     """

@@ -18,35 +18,35 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.backends.eager import checkpoint_manifest
-from engine.backends.native_int8 import write_ranges
-from engine.bundle import (
+from engine.backends.native.byte_ranges import write_ranges
+from engine.bundle.folder import Bundle, is_bundle, write_manifest
+from engine.bundle.from_checkpoint import checkpoint_manifest
+from engine.bundle.manifest import (
     CLASSIFIER_FP16_NAME,
     CLASSIFIER_NAME,
     INT8_NAME,
     ONNX_NAME,
     WEIGHTS_NAME,
-    Bundle,
     ClassifierEntry,
     PlanEntry,
-    is_bundle,
-    write_manifest,
 )
-from engine.checkpoint import Checkpoint, load_checkpoint
-from engine.config import LabelInput, UNetConfig
+from engine.checkpoints.facts import facts_from_arguments, facts_from_items
+from engine.checkpoints.load import load_checkpoint
+from engine.checkpoints.types import Checkpoint
 from engine.errors import CheckpointError, ExportError, MissingPackageError
-from engine.facts import facts_from_arguments, facts_from_items
 from engine.files import atomic_folder, make_folder
-from engine.precision import norm_names
-from engine.unet import UNet
-from export import cli
-from export.guidance import check_fit, export_classifier
-from export.native_int8 import choose_int8, describe_int8
-from export.onnx_file import OPSET, quiet_exporter, save_program
+from engine.networks.config import LabelInput, UNetConfig
+from engine.networks.half import norm_names
+from engine.networks.inputs import Inputs
+from engine.networks.unet import UNet
+from export import arguments as cli
+from export.guide import check_fit, export_classifier
+from export.int8.native_int8 import choose_int8, describe_int8
+from export.int8.quantise import quantise
+from export.onnx.onnx_file import OPSET, quiet_exporter, save_program
 from export.planner import Fp32Part, plan_fp16
 from export.precision import NOTES, Precision, typed_unet
-from export.quantise import quantise
-from export.verify import Case, Typed, real_cases, verify
+from export.verify import Typed, real_cases, verify
 from export.weights import save_weights
 
 logger = logging.getLogger(__name__)
@@ -69,10 +69,10 @@ def export_bundle(
 ) -> Bundle:
     """Make the bundle `out` from a checkpoint, whole or not at all; a bundle of that name is replaced.
 
-    classifier: whose input gradient goes into classifier.onnx beside the network (export.gradient). precision: of a
-    second ONNX file, unet.fp16.onnx for example, and of classifier.fp16.onnx unless it is FP32. native_int8: whether
-    unet.int8.json is made, for the CPU engine (export.native_int8). make_plans: called with the path of each file in
-    that precision once all are verified. report: told of each step. Raises CheckpointError
+    classifier: whose input gradient goes into classifier.onnx beside the network (export.onnx.gradient). precision: of
+    a second ONNX file, unet.fp16.onnx for example, and of classifier.fp16.onnx unless it is FP32. native_int8: whether
+    unet.int8.json is made, for the CPU engine (export.int8.native_int8). make_plans: called with the path of each file
+    in that precision once all are verified. report: told of each step. Raises CheckpointError
     for a classifier in the U-Net's place or one that does not fit it, ExportError for an artefact that cannot be built
     or differs by too much, OutputError for a folder that cannot be written or is no bundle, MissingPackageError without
     onnx.
@@ -130,7 +130,7 @@ def export_bundle(
     return Bundle.open(out)
 
 
-def plan_parts(unet: UNet, precision: Precision, cases: Sequence[Case]) -> tuple[Fp32Part, ...]:
+def plan_parts(unet: UNet, precision: Precision, cases: Sequence[Inputs]) -> tuple[Fp32Part, ...]:
     """What of the network a plan in this precision leaves in float32; each decision is logged.
 
     bf16 has float32's range and eight bits: only its norms and their activations are computed in float32.
@@ -144,7 +144,7 @@ def plan_parts(unet: UNet, precision: Precision, cases: Sequence[Case]) -> tuple
 
 
 def write_typed(
-    unet: UNet, precision: Precision, parts: Sequence[Fp32Part], cases: Sequence[Case], folder: Path
+    unet: UNet, precision: Precision, parts: Sequence[Fp32Part], cases: Sequence[Inputs], folder: Path
 ) -> Typed:
     """Write the network's ONNX file in a precision other than FP32 into a folder; raises ExportError or OSError."""
     names = norm_names(unet) if precision is Precision.BF16 else [part.name for part in parts]
@@ -165,9 +165,9 @@ def _plan_sources(typed: Typed | None, classifier: ClassifierEntry | None) -> li
 def export_onnx(unet: UNet, path: Path) -> None:
     """Write a U-Net as ONNX with a dynamic batch, in the precision of its parameters.
 
-    Inputs x_t [B, C, H, W] and timestep [B], both float32, y (as engine.config.LabelInput says) and cond
+    Inputs x_t [B, C, H, W] and timestep [B], both float32, y (as engine.networks.config.LabelInput says) and cond
     [B, Cc, H, W] float32 where the network takes them; output `out` [B, C', H, W] float32. Weights beyond
-    export.onnx_file.EXTERNAL_DATA_BYTES go to `path`.data.
+    export.onnx.onnx_file.EXTERNAL_DATA_BYTES go to `path`.data.
     Raises ExportError, or OSError where the file cannot be written.
     """
     inputs = _example_inputs(unet.config)

@@ -15,23 +15,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.bundle import CLASSIFIER_FP16_NAME, Bundle, PlanEntry
-from engine.checkpoint import Checkpoint
+from engine.bundle.folder import Bundle
+from engine.bundle.manifest import CLASSIFIER_FP16_NAME, PlanEntry
+from engine.checkpoints.types import Checkpoint
 from engine.errors import ExportError
-from export import cli
-from export.onnx_file import has_wide_products
-from export.plan_cache import plan_cache_folder
+from export import arguments as cli
+from export.onnx.onnx_file import has_wide_products
 from export.precision import Precision
 from export.to_onnx import export_bundle, read_checkpoint, read_classifier
-from export.trt_build import (
-    DEFAULT_BATCH,
-    NO_OPTIONS,
-    RTX_PIP_LINE,
-    BuildOptions,
-    PlanBuilder,
-    Profile,
-    find_builders,
-)
+from export.trt.build import DEFAULT_BATCH, NO_OPTIONS, RTX_PIP_LINE, BuildOptions, PlanBuilder, Profile, find_builders
+from export.trt.plan_cache import plan_cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -17,18 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.backends import Backend
-from engine.backends.eager import checkpoint_manifest
-from engine.backends.ort import OrtBackend
-from engine.backends.ov import OpenVINOBackend, has_bf16
-from engine.bundle import ONNX_NAME, WEIGHTS_NAME, Manifest, Measurement
-from engine.checkpoint import Checkpoint
-from engine.config import LabelInput, UNetConfig
+from engine.backends.ort.ort_backend import OrtBackend
+from engine.backends.ov.ov_backend import OpenVINOBackend, has_bf16
+from engine.backends.protocol import Backend
+from engine.bundle.from_checkpoint import checkpoint_manifest
+from engine.bundle.manifest import ONNX_NAME, WEIGHTS_NAME, Manifest, Measurement
+from engine.checkpoints.types import Checkpoint
+from engine.diffusion.noise import normal
 from engine.errors import ExportError, MissingPackageError
-from engine.noise import normal
-from engine.sampler import Sampler
-from engine.unet import UNet
-from export import layers
+from engine.networks.config import LabelInput, UNetConfig
+from engine.networks.inputs import Inputs, join_inputs
+from engine.networks.unet import UNet
+from engine.sampling.sampler import Sampler
+from export.onnx import block_outputs as layers
 from export.precision import GpuHalf, Precision
 
 logger = logging.getLogger(__name__)
@@ -50,52 +51,17 @@ LIMITS = {
 """Largest rms error accepted, relative to the rms of the network's output, for each precision."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Case:
-    """One call: x_t [B, C, H, W], timestep [B], y [B] int64 or None, cond [B, Cc, H, W] or None."""
-
-    x_t: Tensor
-    timestep: Tensor
-    y: Tensor | None
-    cond: Tensor | None
-
-    @property
-    def is_single(self) -> bool:
-        return len(self.x_t) == 1
-
-    def inputs(self) -> dict[str, Tensor]:
-        """The inputs this network has, by name."""
-        named = {"x_t": self.x_t, "timestep": self.timestep, "y": self.y, "cond": self.cond}
-        return {name: value for name, value in named.items() if value is not None}
-
-    def image(self, index: int) -> Case:
-        """One image of the batch, as a batch of one."""
-        return Case(
-            self.x_t[index, None],
-            self.timestep[index, None],
-            None if self.y is None else self.y[index, None],
-            None if self.cond is None else self.cond[index, None],
-        )
-
-
-def join(cases: Sequence[Case]) -> Case:
-    """Cases of one network as one batch."""
-    columns = [case.inputs() for case in cases]
-    joined = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
-    return Case(joined["x_t"], joined["timestep"], joined.get("y"), joined.get("cond"))
-
-
 class _Recorder:
     """A backend that runs the fp32 U-Net on the CPU and keeps what it was called with."""
 
     name, precision, device = "eager", "fp32", torch.device("cpu")
 
     def __init__(self, unet: UNet, manifest: Manifest) -> None:
-        self.manifest, self.calls = manifest, list[Case]()
+        self.manifest, self.calls = manifest, list[Inputs]()
         self._unet = unet
 
     def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        self.calls.append(Case(x_t.clone(), timestep, y, cond))
+        self.calls.append(Inputs(x_t.clone(), timestep, y, cond))
         with torch.no_grad():
             return self._unet(x_t, timestep, y, cond)
 
@@ -103,7 +69,7 @@ class _Recorder:
         """Nothing is held."""
 
 
-def real_cases(unet: UNet, manifest: Manifest) -> tuple[Case, ...]:
+def real_cases(unet: UNet, manifest: Manifest) -> tuple[Inputs, ...]:
     """Inputs from DDIM trajectories: VISITED single images, then IMAGES - 1 batches that mix timesteps."""
     config = manifest.config
     recorder = _Recorder(unet, manifest)
@@ -117,7 +83,7 @@ def real_cases(unet: UNet, manifest: Manifest) -> tuple[Case, ...]:
     rows = np.unique(np.linspace(0, len(recorder.calls) - 1, VISITED).round().astype(int))
     calls = [recorder.calls[row] for row in rows]
     singles = tuple(call.image(0) for call in calls)
-    return singles + tuple(join([call.image(i) for call in calls]) for i in range(1, IMAGES))
+    return singles + tuple(join_inputs([call.image(i) for call in calls]) for i in range(1, IMAGES))
 
 
 def _labels(config: UNetConfig) -> list[int] | list[list[float]] | None:
@@ -185,8 +151,8 @@ class Runner:
     artefact: str
     name: str
     precision: str
-    run: Callable[[Case], Tensor]
-    layers: Callable[[Case], Mapping[int, Tensor]] | None = None
+    run: Callable[[Inputs], Tensor]
+    layers: Callable[[Inputs], Mapping[int, Tensor]] | None = None
 
 
 def runners(folder: Path, manifest: Manifest, typed: Typed | None) -> Iterator[Runner]:
@@ -226,11 +192,11 @@ def _openvino(path: Path, manifest: Manifest, precision: str, hint: str) -> Iter
 def _torch(typed: Typed) -> Runner:
     """The network in torch, every intermediate rounded as on a GPU: what plans and CUDA compute."""
 
-    def run(case: Case) -> Tensor:
+    def run(case: Inputs) -> Tensor:
         with GpuHalf(), torch.no_grad():
             return typed.unet(**case.inputs())
 
-    def run_layers(case: Case) -> Mapping[int, Tensor]:
+    def run_layers(case: Inputs) -> Mapping[int, Tensor]:
         with GpuHalf():
             return layers.torch_layers(typed.unet, case.inputs())
 
@@ -238,11 +204,11 @@ def _torch(typed: Typed) -> Runner:
     return Runner(WEIGHTS_NAME, "torch cpu", precision, run, run_layers)
 
 
-def _caller(backend: Backend) -> Callable[[Case], Tensor]:
+def _caller(backend: Backend) -> Callable[[Inputs], Tensor]:
     return lambda case: backend(case.x_t, case.timestep, case.y, case.cond)
 
 
-def measure(runner: Runner, unet: UNet, cases: Sequence[Case], wanted: Sequence[Tensor]) -> Measurement:
+def measure(runner: Runner, unet: UNet, cases: Sequence[Inputs], wanted: Sequence[Tensor]) -> Measurement:
     """The runner's error over all cases. wanted: the fp32 network's results."""
     total, blocks = Difference(), dict[int, Difference]()
     for case, reference in zip(cases, wanted, strict=True):
@@ -267,7 +233,7 @@ def measure(runner: Runner, unet: UNet, cases: Sequence[Case], wanted: Sequence[
 
 
 def verify(
-    folder: Path, checkpoint: Checkpoint, cases: Sequence[Case], typed: Typed | None = None
+    folder: Path, checkpoint: Checkpoint, cases: Sequence[Inputs], typed: Typed | None = None
 ) -> tuple[Measurement, ...]:
     """Measure every artefact in the folder that this machine can run; raises ExportError past a limit.
 

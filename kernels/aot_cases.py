@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kernels import triton_attention, triton_group_norm_silu, triton_update
+from kernels.triton import attention as triton_attention
+from kernels.triton import group_norm_silu as triton_group_norm_silu
+from kernels.triton import update as triton_update
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from engine import config as c
-from engine.classifier import AttentionPool, Classifier
+from engine.networks import config as c
+from engine.networks.classifier import AttentionPool, Classifier
 from recipes.digits_net import init_weights
 
 

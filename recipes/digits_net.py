@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from engine import config as c
-from engine.classifier import Classifier
-from engine.layers import Attention, ResBlock
-from engine.unet import UNet
+from engine.networks import config as c
+from engine.networks.classifier import Classifier
+from engine.networks.layers import Attention, ResBlock
+from engine.networks.unet import UNet
 
 
 def digits_unet(

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from engine import ClassifierGuidance, Sampler, load_checkpoint
-from engine.classifier import AutogradGuide
+from engine.diffusion.guidance import Guide
 from engine.files import atomic_path
-from engine.guidance import Guide
 from engine.images import grid, save_png, to_uint8
+from engine.networks.classifier import AutogradGuide
 from recipes.digits_data import load_split
 from recipes.evaluator import load_evaluator, read_digits
 from recipes.quality import CLASSES, EVALUATOR

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from engine import config as c
-from engine.families.openai_layout import block_keys, block_prefixes, classifier_prefixes, unfold_qkv
+from engine.checkpoints.families.openai_layout import block_keys, block_prefixes, classifier_prefixes, unfold_qkv
+from engine.networks import config as c
 
 
 def to_openai(state: dict[str, Tensor], config: c.UNetConfig | c.ClassifierConfig) -> dict[str, Tensor]:

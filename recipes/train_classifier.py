@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.classifier import Classifier
 from engine.files import atomic_path
+from engine.networks.classifier import Classifier
 from recipes.classifier_net import digits_classifier, init_classifier
 from recipes.digits_data import Digits, augment, load_split
 from recipes.openai_format import to_openai

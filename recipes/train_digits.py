@@ -38,10 +38,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checkpoint import load_checkpoint
-from engine.likelihood import discretised_log_likelihood, gaussian_kl
-from engine.schedule import cosine_schedule
-from engine.unet import UNet
+from engine.checkpoints.load import load_checkpoint
+from engine.diffusion.schedule import cosine_schedule
+from engine.networks.unet import UNet
+from engine.sampling.likelihood import discretised_log_likelihood, gaussian_kl
 from recipes.digits_data import augment, load_split
 from recipes.digits_net import digits_unet, init_weights
 from recipes.openai_format import to_openai

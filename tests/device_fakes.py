@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from test_engine_sampler import CountingGuide, Elementwise
+from elementwise import CountingGuide, Elementwise
 from torch import Tensor
 
-from engine.backends.eager import EagerBackend
-from engine.cuda_graph import SlotPool
+from engine.backends.eager.eager_backend import EagerBackend
 from engine.device import CpuDevice
-from engine.sampler import Sampler
+from engine.sampling.pool import SlotPool
+from engine.sampling.sampler import Sampler
 
 
 class RecordingStream:

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.backends.eager import checkpoint_manifest
-from engine.backends.ort import OrtBackend
-from engine.backends.ov import OpenVINOBackend
-from engine.checkpoint import Checkpoint
-from engine.config import LabelInput, UNetConfig
+from engine.backends.ort.ort_backend import OrtBackend
+from engine.backends.ov.ov_backend import OpenVINOBackend
+from engine.bundle.from_checkpoint import checkpoint_manifest
+from engine.checkpoints.types import Checkpoint
+from engine.networks.config import LabelInput, UNetConfig
 from export.to_onnx import export_onnx
 
 # Two fp32 libraries on one network of this size: sums in another order, relative to the largest output.

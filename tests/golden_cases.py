@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.backends import Backend
-from engine.backends.eager import EagerBackend
-from engine.checkpoint import Checkpoint
-from engine.guidance import ClassifierGuidance
-from engine.noise import RecordedNoise
-from engine.sampler import Request, Sampler, Slots
-from engine.solvers import StepTable
+from engine.backends.eager.eager_backend import EagerBackend
+from engine.backends.protocol import Backend
+from engine.checkpoints.types import Checkpoint
+from engine.diffusion.guidance import ClassifierGuidance
+from engine.diffusion.noise import RecordedNoise
+from engine.diffusion.solvers import StepTable
+from engine.sampling.sampler import Request, Sampler, Slots
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,9 @@ from typing import Any
 from golden_cases import Case, Facts, Run, Runner, call_network, flatten, sample_table, to_facts
 from torch import Tensor
 
-from engine.checkpoint import Checkpoint, load_checkpoint
-from engine.solvers import StepTable, ddim_table, ddpm_table, visited_timesteps
+from engine.checkpoints.load import load_checkpoint
+from engine.checkpoints.types import Checkpoint
+from engine.diffusion.solvers import StepTable, ddim_table, ddpm_table, visited_timesteps
 
 # The JSON files of a folder say everything.
 FACTS: dict[str, Facts] = {}

@@ -12,15 +12,17 @@ import torch
 from golden_cases import Case, Facts, Run, Runner, flatten, ignore, keep, run_slots, to_facts
 from torch import Tensor
 
-from engine.backends.eager import EagerBackend
-from engine.checkpoint import Checkpoint, load_checkpoint, read_file
-from engine.families.lucidrains import find_objective
-from engine.guidance import ClassifierFreeGuidance, guided_out, require_null_class
-from engine.noise import RecordedNoise
-from engine.prediction import Diffusion, Prediction, Variance
-from engine.sampler import Sampler
-from engine.schedule import NoiseSchedule
-from engine.solvers import COLUMNS, StepTable, ddim_table, ddpm_table
+from engine.backends.eager.eager_backend import EagerBackend
+from engine.checkpoints.families.lucidrains import find_objective
+from engine.checkpoints.load import load_checkpoint
+from engine.checkpoints.reading import read_file
+from engine.checkpoints.types import Checkpoint
+from engine.diffusion.guidance import ClassifierFreeGuidance, guided_out, require_null_class
+from engine.diffusion.noise import RecordedNoise
+from engine.diffusion.prediction import Diffusion, Prediction, Variance
+from engine.diffusion.schedule import NoiseSchedule
+from engine.diffusion.solvers import COLUMNS, StepTable, ddim_table, ddpm_table
+from engine.sampling.sampler import Sampler
 
 _OBJECTIVES = {"pred_noise": "eps", "pred_x0": "x0", "pred_v": "v"}
 

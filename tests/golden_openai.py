@@ -13,16 +13,17 @@ from golden_cases import Case, Facts, Run, Runner, flatten, ignore, keep, run_sl
 from helpers import FP32_FORWARD_ROUNDING
 from torch import Tensor
 
-from engine.backends.eager import EagerBackend
-from engine.checkpoint import Checkpoint, load_checkpoint
-from engine.classifier import AutogradGuide
-from engine.guidance import ClassifierGuidance
-from engine.likelihood import variational_bound
-from engine.noise import RecordedNoise
-from engine.prediction import Diffusion, Prediction, Variance, log_variance_bounds, x0_coefficients
-from engine.sampler import Sampler, resize_condition
-from engine.schedule import NoiseSchedule, cosine_schedule, linear_schedule, space_timesteps
-from engine.solvers import StepTable, ddim_inversion_table, ddim_table, ddpm_table
+from engine.backends.eager.eager_backend import EagerBackend
+from engine.checkpoints.load import load_checkpoint
+from engine.checkpoints.types import Checkpoint
+from engine.diffusion.guidance import ClassifierGuidance
+from engine.diffusion.noise import RecordedNoise
+from engine.diffusion.prediction import Diffusion, Prediction, Variance, log_variance_bounds, x0_coefficients
+from engine.diffusion.schedule import NoiseSchedule, cosine_schedule, linear_schedule, space_timesteps
+from engine.diffusion.solvers import StepTable, ddim_inversion_table, ddim_table, ddpm_table
+from engine.networks.classifier import AutogradGuide
+from engine.sampling.likelihood import variational_bound
+from engine.sampling.sampler import Sampler, resize_condition
 
 
 def _order(value: bool) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from typing import Any
 from golden_cases import Case, Facts, Run, Runner, call_network, flatten, keep, sample_table, to_facts
 from torch import Tensor
 
-from engine.checkpoint import Checkpoint, load_checkpoint
-from engine.solvers import ddpm_table
+from engine.checkpoints.load import load_checkpoint
+from engine.checkpoints.types import Checkpoint
+from engine.diffusion.solvers import ddpm_table
 
 _VARIANCES = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
 _PREDICTIONS = {"epsilon": "eps", "xstart": "x0", "xprev": "x_prev"}

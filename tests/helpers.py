@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engine import config as c
 from engine.__main__ import main
-from engine.bundle import Bundle, Manifest, write_manifest
-from engine.classifier import Classifier
-from engine.prediction import Diffusion, Variance
-from engine.schedule import cosine_schedule
-from engine.unet import UNet
+from engine.bundle.folder import Bundle, write_manifest
+from engine.bundle.manifest import Manifest
+from engine.diffusion.prediction import Diffusion, Variance
+from engine.diffusion.schedule import cosine_schedule
+from engine.networks import config as c
+from engine.networks.classifier import Classifier
+from engine.networks.unet import UNet
 from recipes.openai_format import to_openai
 
 # One fp32 forward call of a U-Net whose output is of order 1 to 4 differs by up to this between convolution kernels,

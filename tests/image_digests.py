@@ -22,7 +22,14 @@ from torch import Tensor
 from engine import ClassifierFreeGuidance, ClassifierGuidance, Sampler
 
 _CFG_FLAGS = ["--cfg-scale", "2.5", "--cfg-interval", "100", "900"]
-BACKENDS = (("native", "fp32"), ("native", "bf16"), ("native", "int8"), ("ort", "fp32"), ("ov", "fp32"), ("eager", "fp32"))
+BACKENDS = (
+    ("native", "fp32"),
+    ("native", "bf16"),
+    ("native", "int8"),
+    ("ort", "fp32"),
+    ("ov", "fp32"),
+    ("eager", "fp32"),
+)
 _SHORT: dict[str, Any] = {"steps": 6, "seed": 3, "batch_size": 3}
 
 
@@ -81,7 +88,10 @@ def verbs(sampler: Sampler) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     yield "progressive", lambda: torch.cat([(p := sampler.progressive(4, **_SHORT)).x, p.x0])
     yield "interpolate", lambda: sampler.interpolate(1, 2, 4, steps=5)
     yield "encode", lambda: sampler.encode(images, steps=5)
-    yield "decode", lambda: sampler.decode(torch.randn(2, *images.shape[1:], generator=torch.Generator().manual_seed(0)), steps=5)
+    yield (
+        "decode",
+        lambda: sampler.decode(torch.randn(2, *images.shape[1:], generator=torch.Generator().manual_seed(0)), steps=5),
+    )
     yield "img2img", lambda: sampler.img2img(images, 0.6, **_SHORT)
     yield "img2img ddpm", lambda: sampler.img2img(images, 0.6, sampler="ddpm", **_SHORT)
     yield "inpaint", lambda: sampler.inpaint(images, mask, **_SHORT)

@@ -16,7 +16,7 @@ from helpers import adm_unet
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine import config as c
+from engine.networks import config as c
 from kernels.native import library
 from kernels.native.library import Isa, NativeError
 

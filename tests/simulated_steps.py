@@ -9,8 +9,8 @@ from torch import Tensor
 
 from benchmarks.step_measure import Timers
 from benchmarks.subject import reference_network
-from engine.backends.eager import EagerBackend
-from engine.bundle import Bundle
+from engine.backends.eager.eager_backend import EagerBackend
+from engine.bundle.folder import Bundle
 
 STEP_MS = 10.0
 

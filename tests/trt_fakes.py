@@ -14,8 +14,8 @@ import torch
 from device_fakes import RecordingDevice
 from torch import Tensor
 
-from engine.backends.trt_library import Library
-from engine.backends.trt_log import make_log
+from engine.backends.trt.trt_library import Library
+from engine.backends.trt.trt_log import make_log
 
 VERSION = "1.7.1"
 

@@ -1,0 +1,117 @@
+"""A classifier's input gradient on the CPU engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from engine.backends.native.native_backend import (
+    NativeBackend,
+    check_image,
+    count_cores,
+    find_isa,
+    load_weights,
+    make_network,
+    pack_weights,
+    told,
+)
+from engine.backends.native.time_rows import TimeRows
+from engine.backends.native.transpose import build_gradient, gradient_weights
+from engine.backends.native.weight_cache import Content
+from engine.bundle.folder import Bundle
+from engine.bundle.manifest import CLASSIFIER_WEIGHTS_NAME
+from engine.errors import BackendError
+from engine.networks.config import ClassifierConfig
+from kernels.native.library import Engine, Isa, NativeError, Network
+
+
+class NativeGuide:
+    """An engine.diffusion.guidance.Guide with threads of its own, in fp32 or bf16. Bits depend on neither batch nor
+    threads.
+    """
+
+    name = "native"
+
+    def __init__(
+        self, config: ClassifierConfig, network: Network, content: Content, threads: int | Engine | None = None
+    ) -> None:
+        """threads: None for one on each core that this process may use, an engine to share its. Raises BackendError."""
+        self._config = config
+        self.isa, self.precision = network.isa, network.precision
+        self._rows = TimeRows(config, content.time)
+        try:
+            self._engine: Engine | None = Engine(network, content.packed, count_cores() if threads is None else threads)
+        except NativeError as error:
+            raise BackendError(f"the native engine cannot run this classifier: {error}") from error
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Bundle,
+        precision: str = "fp32",
+        threads: int | None = None,
+        beside: NativeBackend | None = None,
+    ) -> NativeGuide:
+        """A bundle's classifier in "fp32" or "bf16"; its weights are packed once, in the user's cache folder.
+
+        beside: a network called by turns with it, whose threads it shares. Raises BackendError or BundleError.
+        """
+        assert bundle.manifest.classifier is not None
+        config = bundle.manifest.classifier.config
+        program = build_gradient(config)
+        network = make_network(program, find_isa(precision))
+        prepare = partial(gradient_weights, program)
+        content = load_weights(bundle, CLASSIFIER_WEIGHTS_NAME, program, network, prepare)
+        return cls(config, network, content, threads if beside is None else beside.engine)
+
+    @classmethod
+    def from_weights(
+        cls,
+        config: ClassifierConfig,
+        state: Mapping[str, Tensor],
+        threads: int | Engine | None = None,
+        isa: Isa | None = None,
+    ) -> NativeGuide:
+        """A classifier without a bundle, of engine.networks.classifier.Classifier's state dict; isa None: the fastest
+        in fp32.
+
+        Raises BackendError.
+        """
+        program = build_gradient(config)
+        network = make_network(program, find_isa("fp32") if isa is None else isa)
+        return cls(config, network, pack_weights(program, network, gradient_weights(program, state)), threads)
+
+    @property
+    def config(self) -> ClassifierConfig:
+        return self._config
+
+    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """See engine.diffusion.guidance.Guide; raises BackendError for inputs of other shapes and types, and once
+        closed.
+        """
+        if self._engine is None:
+            raise BackendError("this classifier was closed; open the bundle again")
+        check_image("x_t", x_t, self._config.in_channels, self._config)
+        given = ("timestep", timestep, torch.float32), ("y", y, torch.int64), ("scale", scale, torch.float32)
+        for name, value, dtype in given:
+            if value.shape != (len(x_t),) or value.dtype != dtype:
+                raise BackendError(f"{name} is {list(value.shape)} {value.dtype}; expected [{len(x_t)}] {dtype}")
+        # An image that is not guided may have a label that only the network knows.
+        is_known = (y >= 0) & (y < self._config.num_classes)
+        if not bool((is_known | (scale == 0)).all()):
+            raise BackendError(f"labels are {y.tolist()}; expected 0 to {self._config.num_classes - 1}")
+        y = torch.where(is_known, y, 0)
+        projected = torch.from_numpy(self._rows(timestep, None))
+        rows = torch.cat([projected, y[:, None].float(), scale.detach()[:, None]], dim=1)
+        with told():
+            grad, log_p = self._engine.classify(x_t.detach().contiguous().numpy(), rows.numpy())
+        return torch.from_numpy(grad), torch.from_numpy(log_p)
+
+    def close(self) -> None:
+        """End the threads, once the calls that run are done."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = None

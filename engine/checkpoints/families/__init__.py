@@ -1,0 +1,1 @@
+"""One translator a checkpoint family."""

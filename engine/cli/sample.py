@@ -1,0 +1,197 @@
+"""python -m engine sample: images from a bundle to files."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.checkpoints.facts import facts_from_items
+from engine.checkpoints.load import load_checkpoint
+from engine.cli.sample_shards import is_bulk, sample_in_bulk
+from engine.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance
+from engine.diffusion.prediction import Variance
+from engine.errors import RequestError
+from engine.files import atomic_path, make_folder
+from engine.images import Bytes, check_png_channels, grid, save_images, save_npz, save_png, to_uint8
+from engine.networks.classifier import AutogradGuide
+from engine.sampling.sampler import Request, Sampler
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Results:
+    """Finished images by index, and what the run took."""
+
+    images: dict[int, Bytes] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Make the images, write each PNG as it finishes, then the table, the npz and the grid."""
+    if args.out is None and args.grid is None:
+        raise RequestError("nothing would be kept; give --out DIR, --grid FILE or both")
+    in_shards = is_bulk(args)
+    sampler = Sampler.open(args.bundle, args.backend, args.precision, args.threads)
+    if args.grid is not None or (args.format or ("npz" if in_shards else "png")) == "png":
+        check_png_channels(sampler.config.in_channels)
+    guidance = _guidance(args, sampler)
+    cfg = ClassifierFreeGuidance(
+        args.cfg_scale, args.cfg_rescale, interval=tuple(args.cfg_interval), plus_plus=args.cfg_plus_plus
+    )
+    if in_shards:
+        sample_in_bulk(args, sampler, guidance, cfg, _labels_in_turn(args, sampler, guidance))
+        return
+    variance = Variance(args.variance) if args.variance else None
+    table = sampler.table(args.steps, args.sampler, args.eta, variance, args.cfg_plus_plus)
+    labels = _labels(args, sampler, guidance)
+    requests = sampler.requests(args.n, table, labels, args.seed, guidance=guidance, cfg_scale=cfg)
+    if args.grid is not None:
+        _columns(args, sampler, guidance)
+        if args.enlarge < 1:
+            raise RequestError(f"--enlarge is {args.enlarge}; expected 1 or more")
+        make_folder(args.grid.parent)
+    if args.out is not None:
+        make_folder(args.out)
+    results = _Results()
+    with _written_on_interrupt(args, requests, results):
+        _run(args, sampler, requests, guidance, results)
+    if args.grid is not None:
+        whole = np.concatenate([results.images[i] for i in range(args.n)])
+        save_png(args.grid, grid(whole, _columns(args, sampler, guidance), args.enlarge))
+    _report(args, sampler, requests, results)
+
+
+def _run(
+    args: argparse.Namespace,
+    sampler: Sampler,
+    requests: list[Request],
+    guidance: ClassifierGuidance | None,
+    results: _Results,
+) -> None:
+    from tqdm import tqdm
+
+    start = time.perf_counter()
+    total = sum(len(request.table) for request in requests)
+    with tqdm(total=total, unit="step", desc="sampling", disable=None) as bar:
+        for step in sampler.run(requests, guidance, batch_size=args.batch_size):
+            bar.update()
+            if step.is_last:
+                number = step.request.index
+                image = to_uint8(step.x_prev[None].clamp(-1, 1))
+                if args.out is not None and args.format != "npz":
+                    save_images(args.out, image, [number])
+                # Only now: what is in the results is listed in samples.csv.
+                results.images[number] = image
+    results.seconds = time.perf_counter() - start
+
+
+@contextmanager
+def _written_on_interrupt(args: argparse.Namespace, requests: list[Request], results: _Results) -> Iterator[None]:
+    """Whatever ends the run, the images finished until then are on disk with their table."""
+    try:
+        yield
+    finally:
+        done = sorted(results.images)
+        if args.out is not None and done:
+            if args.format == "npz":
+                labels = [requests[i].classifier_label for i in done]
+                save_npz(args.out / "samples.npz", np.concatenate([results.images[i] for i in done]), labels)
+            _write_table(args, [requests[i] for i in done])
+
+
+def _write_table(args: argparse.Namespace, requests: list[Request]) -> None:
+    with atomic_path(args.out / "samples.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["index", "seed", "label"])
+        writer.writerows([r.index, r.seed, r.classifier_label] for r in requests)
+
+
+def _guidance(args: argparse.Namespace, sampler: Sampler) -> ClassifierGuidance | None:
+    if args.classifier is None:
+        return None if args.guidance_scale is None else sampler.classifier_guidance(args.guidance_scale)
+    facts = {"image_size": sampler.config.image_size} | facts_from_items(args.classifier_fact, "--classifier-fact")
+    classifier = load_checkpoint(args.classifier, **facts)
+    for assumption in classifier.assumptions:
+        logger.info("classifier: assumed %s", assumption)
+    return ClassifierGuidance(
+        AutogradGuide(classifier.classifier()), 1.0 if args.guidance_scale is None else args.guidance_scale
+    )
+
+
+def _classes(sampler: Sampler, guidance: ClassifierGuidance | None) -> list[int]:
+    rows = sampler.config.num_classes
+    if rows is None and guidance is not None:
+        rows = guidance.guide.config.num_classes
+    return [y for y in range(rows or 0) if y != sampler.config.null_class]
+
+
+def _labels(args: argparse.Namespace, sampler: Sampler, guidance: ClassifierGuidance | None) -> int | list[int] | None:
+    if not args.per_class:
+        label: int | None = args.label
+        return label
+    classes = _classes(sampler, guidance)
+    if not classes or args.n % len(classes):
+        raise RequestError(f"--per-class needs a multiple of the {len(classes)} classes, got -n {args.n}")
+    return [classes[i * len(classes) // args.n] for i in range(args.n)]
+
+
+def _labels_in_turn(
+    args: argparse.Namespace, sampler: Sampler, guidance: ClassifierGuidance | None
+) -> int | tuple[int, ...] | None:
+    """--class and --per-class as the labels of a BulkPlan: in shards the classes take turns."""
+    label: int | None = args.label
+    if args.per_class:
+        _labels(args, sampler, guidance)
+        return tuple(_classes(sampler, guidance))
+    return label
+
+
+def _columns(args: argparse.Namespace, sampler: Sampler, guidance: ClassifierGuidance | None) -> int:
+    if args.columns is not None:
+        if args.columns < 1:
+            raise RequestError(f"--columns is {args.columns}; expected 1 or more")
+        return int(args.columns)
+    if args.per_class:
+        return int(args.n) // max(1, len(_classes(sampler, guidance)) or args.n)
+    return math.ceil(math.sqrt(args.n))
+
+
+def _report(args: argparse.Namespace, sampler: Sampler, requests: list[Request], results: _Results) -> None:
+    steps = len(requests[0].table)
+    # Slots are refilled as they empty, and all requests here have the same length: rounds of full batches.
+    calls = math.ceil(args.n / args.batch_size) * steps
+    batch = min(args.n, args.batch_size)
+    summary = {
+        "images": len(results.images),
+        "steps": steps,
+        "sampler": args.sampler,
+        "backend": sampler.backend.name,
+        "precision": sampler.backend.precision,
+        "batch_size": batch,
+        "seconds": results.seconds,
+        "ms_per_step": 1000 * results.seconds / calls,
+        "images_per_second": len(results.images) / results.seconds,
+        "out": str(args.out) if args.out is not None else None,
+        "grid": str(args.grid) if args.grid is not None else None,
+    }
+    if args.json:
+        print(json.dumps(summary))
+        return
+    print(
+        f"{summary['images']} images in {results.seconds:.1f} s ({args.sampler}, {steps} steps): "
+        f"{summary['ms_per_step']:.2f} ms per step of batch {batch}, {summary['images_per_second']:.2f} images/s, "
+        f"backend {summary['backend']} {summary['precision']}"
+    )
+    for place in (args.out, args.grid):
+        if place is not None:
+            print(f"written: {place}")
