@@ -33,6 +33,7 @@ from engine.backends.native.program import NONE, Builder, Code, MapShape, Operat
 from engine.bundle.folder import Bundle
 from engine.bundle.manifest import INT8_NAME
 from engine.errors import BackendError
+from engine.networks.inputs import Conditions
 from kernels.native.library import Engine, NativeError, Network, best_isa
 
 ROUNDS, SHORT_ROUNDS = 24, 10
@@ -189,22 +190,22 @@ def measure_batch(backend: NativeBackend, program: Program, batch: int, rounds: 
     return Measured([*rows, last], Comparison(case, "network", "parts alone", ratio))
 
 
-def _inputs(backend: NativeBackend, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _inputs(backend: NativeBackend, batch: int) -> tuple[torch.Tensor, torch.Tensor, Conditions]:
     config = backend.manifest.config
     x = torch.randn(batch, config.in_channels, *config.image_size, generator=torch.Generator().manual_seed(0))
     y = None if config.num_classes is None else torch.zeros(batch, dtype=torch.int64)
-    return x, torch.full((batch,), 500.0), y
+    return x, torch.full((batch,), 500.0), Conditions(y)
 
 
 def check_error(bundle: Bundle, backend: NativeBackend) -> Check:
     """rms error beside torch in fp32 on real trajectories: in bf16 at most that of torch's autocast."""
     inputs, network = real_inputs(bundle), reference_network(bundle)
     case = inputs.case
-    got = backend(case.x_t, case.timestep, case.y, case.cond)
+    got = backend(case.x_t, case.timestep, case.conditions)
     limit, what = FP32_RMS * _rms(inputs.wanted), "that of other orders of sums"
     if backend.precision == "bf16":
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            rounded = network(case.x_t, case.timestep, case.y, case.cond).float()
+            rounded = network(**case.tensors()).float()
         limit, what = _rms(rounded - inputs.wanted), "that of torch's autocast"
     elif backend.precision == "int8":
         limit, what = INT8_RMS * float(inputs.wanted.std()), f"{INT8_RMS:.0%} of the output's standard deviation"

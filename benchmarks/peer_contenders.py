@@ -25,6 +25,7 @@ from engine.diffusion.prediction import Diffusion
 from engine.errors import BackendError, RequestError
 from engine.networks.classifier import Classifier
 from engine.networks.config import UNetConfig
+from engine.networks.inputs import UNCONDITIONED, Conditions
 from engine.networks.unet import UNet
 from engine.sampling.sampler import Sampler
 from engine.sampling.slots import Request
@@ -176,8 +177,8 @@ class _GatedBackend:
         self.manifest = backend.manifest
         self._backend, self._gate, self._also = backend, gate, also
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        call = partial(self._backend, x_t, timestep, y, cond)
+    def __call__(self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED) -> Tensor:
+        call = partial(self._backend, x_t, timestep, conditions)
 
         def again() -> None:
             call()

@@ -25,6 +25,7 @@ from engine.bundle.manifest import Manifest
 from engine.errors import BackendError, ExportError, MissingPackageError
 from engine.networks.config import UNetConfig
 from engine.networks.half import cast_unet
+from engine.networks.inputs import Conditions
 from engine.networks.unet import UNet
 from export.onnx.onnx_file import quiet_exporter
 from export.trt.build import find_builders
@@ -111,7 +112,7 @@ def plain_export(unet: UNet, batch: int, path: Path) -> Path:
     config = unet.config
     inputs = {"x_t": torch.zeros(batch, config.in_channels, *config.image_size), "timestep": torch.zeros(batch)}
     if config.num_classes is not None:
-        inputs["y"] = torch.zeros(batch, dtype=torch.int64)
+        inputs["label"] = torch.zeros(batch, dtype=torch.int64)
     try:
         with quiet_exporter():
             torch.onnx.export(
@@ -205,9 +206,9 @@ def tensorrt_network(unet: UNet, manifest: Manifest, batch: int, folder: Path) -
     entry = builders[-1].build(path, (batch, batch, batch), "fp16")
     write_manifest(folder, dataclasses.replace(manifest, plans=(entry,), files={}))
     backend = TrtBackend(Bundle.open(folder), "fp16")
-    return OpenNetwork(lambda x, t, y: backend(x, t, y), "fp16")
+    return OpenNetwork(lambda x, t, y: backend(x, t, Conditions(y)), "fp16")
 
 
 def _feed(config: UNetConfig, x: Tensor, t: Tensor, y: Tensor | None) -> dict[str, Tensor]:
     feed = {"x_t": x, "timestep": t}
-    return feed if config.num_classes is None or y is None else feed | {"y": y}
+    return feed if config.num_classes is None or y is None else feed | {"label": y}

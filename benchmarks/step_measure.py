@@ -118,9 +118,8 @@ def _recorded(
 
 
 def _error(network: Network, inputs: RealInputs, batch: int) -> Difference:
-    case, device = inputs.first(batch), network.backend.device
-    y, cond = (None if value is None else value.to(device) for value in (case.y, case.cond))
-    out = network.backend(case.x_t.to(device), case.timestep.to(device), y, cond)
+    case = inputs.first(batch).to(network.backend.device)
+    out = network.backend(case.x_t, case.timestep, case.conditions)
     difference = Difference()
     difference.add(out.cpu(), inputs.first_wanted(batch))
     return difference

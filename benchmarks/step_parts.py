@@ -21,6 +21,7 @@ from engine.backends.protocol import Backend
 from engine.diffusion.guidance import ClassifierGuidance, Guide
 from engine.diffusion.noise import normal
 from engine.networks.config import ClassifierConfig
+from engine.networks.inputs import UNCONDITIONED, Conditions
 from kernels.reference import solver_update
 
 P = ParamSpec("P")
@@ -142,8 +143,8 @@ class RecordedBackend:
         self.close = backend.close
         self._call = recorder.around("network", backend.__call__)
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        return self._call(x_t, timestep, y, cond)
+    def __call__(self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED) -> Tensor:
+        return self._call(x_t, timestep, conditions)
 
 
 class RecordedGuide:
@@ -157,8 +158,8 @@ class RecordedGuide:
     def config(self) -> ClassifierConfig:
         return self._config
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        return self._call(x_t, timestep, y, scale)
+    def __call__(self, x_t: Tensor, timestep: Tensor, label: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return self._call(x_t, timestep, label, scale)
 
 
 def recorded_loop(network: Network, kind: StepKind, batch: int, recorder: PartRecorder) -> SlotLoop:

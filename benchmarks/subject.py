@@ -102,13 +102,7 @@ class RealInputs:
     def first(self, batch: int) -> Inputs:
         """The calls as a batch of this many, repeated where there are fewer."""
         rows = torch.arange(batch) % len(self.case.x_t)
-        y, cond = self.case.y, self.case.cond
-        return Inputs(
-            self.case.x_t[rows],
-            self.case.timestep[rows],
-            None if y is None else y[rows],
-            None if cond is None else cond[rows],
-        )
+        return self.case.rows(rows)
 
     def first_wanted(self, batch: int) -> Tensor:
         """The fp32 output of first(batch)."""
@@ -121,4 +115,4 @@ def real_inputs(bundle: Bundle) -> RealInputs:
     cases = real_cases(network, bundle.manifest)
     batch = join_inputs([case for case in cases if not case.is_single] or cases)
     with torch.no_grad():
-        return RealInputs(batch, network(batch.x_t, batch.timestep, batch.y, batch.cond))
+        return RealInputs(batch, network(**batch.tensors()))

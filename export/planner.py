@@ -66,7 +66,7 @@ class Ranges:
 def plan_fp16(unet: UNet, calls: Sequence[Mapping[str, Tensor]]) -> tuple[Fp32Part, ...]:
     """The parts of a float32 network that its float16 form must leave in float32.
 
-    calls: the network's inputs by name, float32, as many batches as wished (export.verify.Case.inputs).
+    calls: the network's inputs by name, float32, as many batches as wished (engine.networks.inputs.Inputs.tensors).
     """
     return decide(unet, watch(unet, calls))
 

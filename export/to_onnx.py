@@ -137,7 +137,7 @@ def plan_parts(unet: UNet, precision: Precision, cases: Sequence[Inputs]) -> tup
     """
     if precision is Precision.BF16:
         return ()
-    parts = plan_fp16(unet, [case.inputs() for case in cases])
+    parts = plan_fp16(unet, [case.tensors() for case in cases])
     for part in parts:
         logger.info("%s stays in fp32: %s", part.name, part.reason)
     return parts
@@ -151,7 +151,7 @@ def write_typed(
     typed = Typed(precision, f"unet.{precision.value}.onnx", typed_unet(unet, precision, names))
     export_onnx(typed.unet, folder / typed.file)
     if precision is Precision.INT8:
-        quantise(folder / typed.file, unet, [case.inputs() for case in cases])
+        quantise(folder / typed.file, unet, [case.tensors() for case in cases])
     return typed
 
 
@@ -165,8 +165,8 @@ def _plan_sources(typed: Typed | None, classifier: ClassifierEntry | None) -> li
 def export_onnx(unet: UNet, path: Path) -> None:
     """Write a U-Net as ONNX with a dynamic batch, in the precision of its parameters.
 
-    Inputs x_t [B, C, H, W] and timestep [B], both float32, y (as engine.networks.config.LabelInput says) and cond
-    [B, Cc, H, W] float32 where the network takes them; output `out` [B, C', H, W] float32. Weights beyond
+    Inputs x_t [B, C, H, W] and timestep [B], both float32, label (as engine.networks.config.LabelInput says) and
+    image [B, Cc, H, W] float32 where the network takes them; output `out` [B, C', H, W] float32. Weights beyond
     export.onnx.onnx_file.EXTERNAL_DATA_BYTES go to `path`.data.
     Raises ExportError, or OSError where the file cannot be written.
     """
@@ -211,13 +211,13 @@ def _example_inputs(config: UNetConfig) -> dict[str, Tensor]:
         "timestep": torch.zeros(2),
     }
     if config.num_classes is not None:
-        inputs["y"] = {
+        inputs["label"] = {
             LabelInput.TABLE: torch.zeros(2, dtype=torch.int64),
             LabelInput.NUMBER: torch.zeros(2),
             LabelInput.VECTOR: torch.zeros(2, config.time_channels),
         }[config.label]
     if config.cond_channels:
-        inputs["cond"] = torch.zeros(2, config.cond_channels, *config.image_size)
+        inputs["image"] = torch.zeros(2, config.cond_channels, *config.image_size)
     return inputs
 
 

@@ -26,7 +26,7 @@ from engine.checkpoints.types import Checkpoint
 from engine.diffusion.noise import normal
 from engine.errors import ExportError, MissingPackageError
 from engine.networks.config import LabelInput, UNetConfig
-from engine.networks.inputs import Inputs, join_inputs
+from engine.networks.inputs import UNCONDITIONED, Conditions, Inputs, join_inputs
 from engine.networks.unet import UNet
 from engine.sampling.sampler import Sampler
 from export.onnx import block_outputs as layers
@@ -60,10 +60,10 @@ class _Recorder:
         self.manifest, self.calls = manifest, list[Inputs]()
         self._unet = unet
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        self.calls.append(Inputs(x_t.clone(), timestep, y, cond))
+    def __call__(self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED) -> Tensor:
+        self.calls.append(Inputs(x_t.clone(), timestep, conditions))
         with torch.no_grad():
-            return self._unet(x_t, timestep, y, cond)
+            return self._unet(x_t, timestep, **conditions.tensors())
 
     def close(self) -> None:
         """Nothing is held."""
@@ -82,8 +82,8 @@ def real_cases(unet: UNet, manifest: Manifest) -> tuple[Inputs, ...]:
     )
     rows = np.unique(np.linspace(0, len(recorder.calls) - 1, VISITED).round().astype(int))
     calls = [recorder.calls[row] for row in rows]
-    singles = tuple(call.image(0) for call in calls)
-    return singles + tuple(join_inputs([call.image(i) for call in calls]) for i in range(1, IMAGES))
+    singles = tuple(call.rows([0]) for call in calls)
+    return singles + tuple(join_inputs([call.rows([i]) for call in calls]) for i in range(1, IMAGES))
 
 
 def _labels(config: UNetConfig) -> list[int] | list[list[float]] | None:
@@ -176,7 +176,7 @@ def _onnxruntime(path: Path, manifest: Manifest, precision: str) -> Iterator[Run
         blocks = layers.OnnxLayers(path)
     except MissingPackageError:
         return
-    yield Runner(path.name, "onnxruntime cpu", precision, _caller(backend), lambda case: blocks(case.inputs()))
+    yield Runner(path.name, "onnxruntime cpu", precision, _caller(backend), lambda case: blocks(case.tensors()))
     backend.close()
 
 
@@ -194,18 +194,18 @@ def _torch(typed: Typed) -> Runner:
 
     def run(case: Inputs) -> Tensor:
         with GpuHalf(), torch.no_grad():
-            return typed.unet(**case.inputs())
+            return typed.unet(**case.tensors())
 
     def run_layers(case: Inputs) -> Mapping[int, Tensor]:
         with GpuHalf():
-            return layers.torch_layers(typed.unet, case.inputs())
+            return layers.torch_layers(typed.unet, case.tensors())
 
     precision = "bf16" if typed.precision is Precision.BF16 else "fp16"
     return Runner(WEIGHTS_NAME, "torch cpu", precision, run, run_layers)
 
 
 def _caller(backend: Backend) -> Callable[[Inputs], Tensor]:
-    return lambda case: backend(case.x_t, case.timestep, case.y, case.cond)
+    return lambda case: backend(case.x_t, case.timestep, case.conditions)
 
 
 def measure(runner: Runner, unet: UNet, cases: Sequence[Inputs], wanted: Sequence[Tensor]) -> Measurement:
@@ -214,7 +214,7 @@ def measure(runner: Runner, unet: UNet, cases: Sequence[Inputs], wanted: Sequenc
     for case, reference in zip(cases, wanted, strict=True):
         total.add(runner.run(case), reference)
         if case.is_single and runner.layers is not None:
-            expected = layers.torch_layers(unet, case.inputs())
+            expected = layers.torch_layers(unet, case.tensors())
             for index, value in runner.layers(case).items():
                 if value.shape == expected[index].shape:
                     blocks.setdefault(index, Difference()).add(value, expected[index])
@@ -241,7 +241,7 @@ def verify(
     """
     unet, manifest = checkpoint.unet(), checkpoint_manifest(checkpoint)
     with torch.no_grad():
-        wanted = [unet(**case.inputs()) for case in cases]
+        wanted = [unet(**case.tensors()) for case in cases]
     results = [measure(runner, unet, cases, wanted) for runner in runners(folder, manifest, typed)]
     for name in (ONNX_NAME, *([] if typed is None else [typed.file])):
         if all(result.artefact != name for result in results):

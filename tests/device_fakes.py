@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.backends.eager.eager_backend import EagerBackend
 from engine.device import CpuDevice
+from engine.networks.inputs import Conditions
 from engine.sampling.pool import SlotPool
 from engine.sampling.sampler import Sampler
 
@@ -119,7 +120,7 @@ class CapturableElementwise(Elementwise):
         return Bound(self._run, buffers, "network")
 
     def _run(self, b: Mapping[str, Tensor]) -> None:
-        b["out"].copy_(super().__call__(b["x_t"], b["timestep"], b.get("y"), b.get("cond")))
+        b["out"].copy_(super().__call__(b["x_t"], b["timestep"], Conditions(b.get("label"), b.get("image"))))
 
 
 class CapturableGuide(CountingGuide):
@@ -132,7 +133,7 @@ class CapturableGuide(CountingGuide):
         return Bound(self._run, buffers, "gradient")
 
     def _run(self, b: Mapping[str, Tensor]) -> None:
-        grad, log_p = super().__call__(b["x_t"], b["timestep"], b["y"], b["scale"])
+        grad, log_p = super().__call__(b["x_t"], b["timestep"], b["label"], b["scale"])
         b["grad"].copy_(grad)
         b["log_p"].copy_(log_p)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.diffusion.prediction import Variance
 from engine.networks.config import ClassifierConfig, UNetConfig
+from engine.networks.inputs import UNCONDITIONED, Conditions
 
 # mult and attention do not matter to a backend that runs no network.
 LABELLED = adm_unet(mult=(1,), size=(4, 4), num_classes=11, null_class=10, learn_sigma=True)
@@ -31,15 +32,15 @@ class Elementwise:
         self.timesteps: list[list[float]] = []
         self.labels: list[list[int]] = []
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        config = self.manifest.config
+    def __call__(self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED) -> Tensor:
+        config, y, image = self.manifest.config, conditions.label, conditions.image
         assert x_t.dtype == timestep.dtype == torch.float32
         assert (y is None) == (config.num_classes is None)
-        assert (cond is None) == (config.cond_channels == 0)
+        assert (image is None) == (config.cond_channels == 0)
         self.timesteps.append(timestep.tolist())
         self.labels.append([] if y is None else y.tolist())
         out = x_t * 0.5 + (timestep * 0.01 + (0.0 if y is None else y * 0.03))[:, None, None, None]
-        out = out if cond is None else out + cond * 0.25
+        out = out if image is None else out + image * 0.25
         return torch.cat([out, x_t * 0.7], dim=1) if config.out_channels == 2 * config.in_channels else out
 
     def close(self) -> None:
@@ -53,9 +54,9 @@ class CountingGuide:
         self.config = config or adm_classifier(mult=(1,), size=(4, 4))
         self.calls: list[tuple[list[int], list[float]]] = []
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        self.calls.append((y.tolist(), scale.tolist()))
-        grad = (x_t * 0.125 - y[:, None, None, None] * 0.25) * scale[:, None, None, None]
+    def __call__(self, x_t: Tensor, timestep: Tensor, label: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls.append((label.tolist(), scale.tolist()))
+        grad = (x_t * 0.125 - label[:, None, None, None] * 0.25) * scale[:, None, None, None]
         return grad, torch.zeros(len(x_t))
 
 

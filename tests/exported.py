@@ -9,35 +9,51 @@ from torch import Tensor
 
 from engine.backends.ort.ort_backend import OrtBackend
 from engine.backends.ov.ov_backend import OpenVINOBackend
+from engine.backends.protocol import Backend
 from engine.bundle.from_checkpoint import checkpoint_manifest
 from engine.checkpoints.types import Checkpoint
 from engine.networks.config import LabelInput, UNetConfig
+from engine.networks.inputs import Conditions, Inputs
 from export.to_onnx import export_onnx
 
 # Two fp32 libraries on one network of this size: sums in another order, relative to the largest output.
 FP32_OTHER_LIBRARY = 1e-4
 
 
-def network_inputs(config: UNetConfig, batch: int, steps: int, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs of a network, as a backend takes them: x_t, timestep below steps, y and cond where it has them."""
+def network_inputs(config: UNetConfig, batch: int, steps: int, seed: int = 0) -> Inputs:
+    """Random inputs of a network: timesteps below steps, and what conditions it takes."""
     rng = torch.Generator().manual_seed(seed)
 
     def some(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng)
 
-    inputs = {
-        "x_t": some(batch, config.in_channels, *config.image_size),
-        "timestep": torch.randint(steps, (batch,), generator=rng).float(),
-    }
+    x_t = some(batch, config.in_channels, *config.image_size)
+    timestep = torch.randint(steps, (batch,), generator=rng).float()
+    label = image = None
     if config.num_classes is not None:
-        inputs["y"] = {
+        label = {
             LabelInput.TABLE: lambda: torch.randint(config.num_classes or 1, (batch,), generator=rng),
             LabelInput.NUMBER: lambda: some(batch),
             LabelInput.VECTOR: lambda: some(batch, config.time_channels),
         }[config.label]()
     if config.cond_channels:
-        inputs["cond"] = some(batch, config.cond_channels, *config.image_size)
-    return inputs
+        image = some(batch, config.cond_channels, *config.image_size)
+    return Inputs(x_t, timestep, Conditions(label, image))
+
+
+def in_float64(inputs: Inputs) -> Inputs:
+    """The same with every number but a class in float64."""
+
+    def wide(value: Tensor) -> Tensor:
+        return value.double() if value.is_floating_point() else value
+
+    conditions = {name: wide(value) for name, value in inputs.conditions.tensors().items()}
+    return Inputs(wide(inputs.x_t), wide(inputs.timestep), Conditions(**conditions))
+
+
+def call(backend: Backend, inputs: Inputs) -> Tensor:
+    """A backend's result of these inputs."""
+    return backend(inputs.x_t, inputs.timestep, inputs.conditions)
 
 
 def assert_exports(checkpoint: Checkpoint, folder: Path) -> None:
@@ -48,7 +64,7 @@ def assert_exports(checkpoint: Checkpoint, folder: Path) -> None:
     for batch in (1, 2, 5):
         inputs = network_inputs(unet.config, batch, len(checkpoint.diffusion.schedule), seed=batch)
         with torch.inference_mode():
-            expected = unet(**inputs)
+            expected = unet(**inputs.tensors())
         for backend in backends:
-            worst = float((backend(**inputs) - expected).abs().max() / expected.abs().max())
+            worst = float((call(backend, inputs) - expected).abs().max() / expected.abs().max())
             assert worst <= FP32_OTHER_LIBRARY, f"{backend.name}, batch {batch}: {worst:.2g}"

@@ -97,13 +97,13 @@ def _forward(run: Run, a: dict[str, Tensor]) -> dict[str, Any]:
     for name, kind in {"out": "ema", "out_raw": "raw"}.items():
         if name in a:
             chosen = checkpoint(run.case, kind)
-            unet, y, cond = chosen.unet(), a.get("y"), a.get("x_self_cond")
+            unet, y, image = chosen.unet(), a.get("y"), a.get("x_self_cond")
             if y is not None and run.parameters.get("cond_drop_prob", 0.0) == 1.0:
                 y = torch.full_like(y, unet.config.null_class or 0)
-            if unet.config.self_condition and cond is None:
-                cond = torch.zeros_like(a["x"])
+            if unet.config.self_condition and image is None:
+                image = torch.zeros_like(a["x"])
             with torch.inference_mode():
-                results[name] = unet(a["x"], a["t"].float(), y, cond)
+                results[name] = unet(a["x"], a["t"].float(), y, image)
     return results
 
 

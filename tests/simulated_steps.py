@@ -11,6 +11,7 @@ from benchmarks.step_measure import Timers
 from benchmarks.subject import reference_network
 from engine.backends.eager.eager_backend import EagerBackend
 from engine.bundle.folder import Bundle
+from engine.networks.inputs import UNCONDITIONED, Conditions
 
 STEP_MS = 10.0
 
@@ -64,9 +65,9 @@ class SimulatedBackend(EagerBackend):
         self.name, self.precision = name, precision
         self._machine, self._slow, self._spoil = machine, slow, spoil
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+    def __call__(self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED) -> Tensor:
         self._machine.spend(STEP_MS * self._slow * len(x_t))
-        return self._spoil(super().__call__(x_t, timestep, y, cond))
+        return self._spoil(super().__call__(x_t, timestep, conditions))
 
 
 def opener_of(machine: SimulatedMachine, faults: Mapping[tuple[str, str], Mapping]) -> Callable:

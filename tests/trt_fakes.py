@@ -128,7 +128,7 @@ class ICudaEngine:
     def __init__(self, trt: Any, plan: dict[str, Any]) -> None:
         self.trt, self.plan = trt, plan
         self.names = [*plan["inputs"], *plan["outputs"]]
-        self.dtypes = {n: torch.int64 if n == "y" else torch.float32 for n in self.names}
+        self.dtypes = {n: torch.int64 if n == "label" else torch.float32 for n in self.names}
         self.contexts: list[IExecutionContext] = []
         self.weights: bytes | None = None
 
@@ -143,7 +143,7 @@ class ICudaEngine:
         return TensorIOMode.INPUT if name in self.plan["inputs"] else TensorIOMode.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> DataType:
-        return DataType.INT64 if name == "y" else DataType.FLOAT
+        return DataType.INT64 if name == "label" else DataType.FLOAT
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple((self.plan["inputs"] | self.plan["outputs"])[name])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.bundle.manifest import Manifest
 from engine.device import Stream
+from engine.networks.inputs import UNCONDITIONED, Conditions
 
 
 class Backend(Protocol):
@@ -23,8 +24,8 @@ class Backend(Protocol):
     device: torch.device
     manifest: Manifest
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        """x_t [B, C, H, W] fp32, timestep [B] fp32, y [B] int64, cond [B, Cc, H, W] -> out [B, C', H, W] fp32."""
+    def __call__(self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED) -> Tensor:
+        """x_t [B, C, H, W] fp32, timestep [B] fp32, conditions -> out [B, C', H, W] fp32."""
         ...
 
     def close(self) -> None:
@@ -56,7 +57,7 @@ class Capturable(Protocol):
     def bind(self, buffers: Mapping[str, Tensor]) -> Bound:
         """Take inputs from and put results into these, by the names of its ONNX graph; all of one batch that fits.
 
-        A network: x_t, timestep, y and cond where it has them, out. A classifier's gradient: x_t, timestep, y, scale,
+        A network: x_t, timestep, its conditions, out. A classifier's gradient: x_t, timestep, label, scale,
         grad, log_p.
         """
         ...

@@ -27,10 +27,10 @@ class Guide(Protocol):
         """The classifier's description."""
         ...
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t [B, C, H, W], timestep [B] fp32, y [B] int64, scale [B] fp32 -> grad [B, C, H, W], log_p [B].
+    def __call__(self, x_t: Tensor, timestep: Tensor, label: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t [B, C, H, W], timestep [B] fp32, label [B] int64, scale [B] fp32 -> grad [B, C, H, W], log_p [B].
 
-        grad = scale * d log p(y | x_t, t) / d x_t.
+        grad = scale * d log p(label | x_t, t) / d x_t.
         """
         ...
 

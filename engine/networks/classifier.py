@@ -73,7 +73,7 @@ class Classifier(nn.Module):
 
 
 class AutogradGuide:
-    """The classifier protocol by torch autograd: (x_t, timestep, y, scale) -> (grad, log_p)."""
+    """The classifier protocol by torch autograd: (x_t, timestep, label, scale) -> (grad, log_p)."""
 
     def __init__(self, classifier: Classifier) -> None:
         self._classifier = classifier.eval().requires_grad_(False)
@@ -82,7 +82,7 @@ class AutogradGuide:
     def config(self) -> c.ClassifierConfig:
         return self._classifier.config
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_t: Tensor, timestep: Tensor, label: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """grad [B, C, H, W] = scale * d log p(y | x_t, t) / d x_t, and log_p [B], both float32.
 
         y [B] int64, scale [B] float32; a scale of 0 gives a gradient of exactly 0 for that image.
@@ -90,9 +90,9 @@ class AutogradGuide:
         """
         # A tensor made under the caller's inference_mode cannot take part in autograd; its copy can.
         with torch.inference_mode(False), torch.enable_grad():
-            x_t, timestep, y, scale = (value.detach().clone() for value in (x_t, timestep, y, scale))
+            x_t, timestep, label, scale = (value.detach().clone() for value in (x_t, timestep, label, scale))
             x = x_t.requires_grad_(True)
             log_p = F.log_softmax(self._classifier(x, timestep).float(), dim=1)
-            chosen = log_p.gather(1, y[:, None])[:, 0]
+            chosen = log_p.gather(1, label[:, None])[:, 0]
             (grad,) = torch.autograd.grad((chosen * scale).sum(), x)
         return grad, chosen.detach()

@@ -1,4 +1,4 @@
-"""A U-Net's inputs as one value."""
+"""A U-Net's inputs as values: what an image is made of beyond its noise, and one call with it."""
 
 from __future__ import annotations
 
@@ -10,35 +10,68 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Conditions:
+    """What a batch of images is made for; None where the network has no such input.
+
+    label: [B] int64, or [B] or [B, D] float32, as engine.networks.config.LabelInput says. image: [B, Cc, H, W] float32,
+    concatenated with x_t: a low-resolution image, say, or the x0 of the step before.
+    """
+
+    label: Tensor | None = None
+    image: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by name; the names are those of the ONNX graph's inputs."""
+        named = {"label": self.label, "image": self.image}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def rows(self, index: Tensor | Sequence[int]) -> Conditions:
+        """Those of the images at these positions of the batch, in this order."""
+        return Conditions(**{name: value[index] for name, value in self.tensors().items()})
+
+    def to(self, device: torch.device) -> Conditions:
+        """The same on a device."""
+        return Conditions(**{name: value.to(device) for name, value in self.tensors().items()})
+
+
+UNCONDITIONED = Conditions()
+
+
+def join_conditions(parts: Sequence[Conditions]) -> Conditions:
+    """Conditions of one network as one batch, in this order."""
+    columns = [part.tensors() for part in parts]
+    return Conditions(**{name: torch.cat([column[name] for column in columns]) for name in columns[0]})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Inputs:
-    """One call: x_t [B, C, H, W], timestep [B], y [B] int64 or None, cond [B, Cc, H, W] or None."""
+    """One call of a network: x_t [B, C, H, W] float32, timestep [B] float32, and its conditions."""
 
     x_t: Tensor
     timestep: Tensor
-    y: Tensor | None
-    cond: Tensor | None
+    conditions: Conditions = UNCONDITIONED
 
     @property
     def is_single(self) -> bool:
         return len(self.x_t) == 1
 
-    def inputs(self) -> dict[str, Tensor]:
-        """The inputs this network has, by name."""
-        named = {"x_t": self.x_t, "timestep": self.timestep, "y": self.y, "cond": self.cond}
-        return {name: value for name, value in named.items() if value is not None}
+    def tensors(self) -> dict[str, Tensor]:
+        """The inputs that there are, by name; the names are those of the ONNX graph's inputs."""
+        return {"x_t": self.x_t, "timestep": self.timestep} | self.conditions.tensors()
 
-    def image(self, index: int) -> Inputs:
-        """One image of the batch, as a batch of one."""
-        return Inputs(
-            self.x_t[index, None],
-            self.timestep[index, None],
-            None if self.y is None else self.y[index, None],
-            None if self.cond is None else self.cond[index, None],
-        )
+    def rows(self, index: Tensor | Sequence[int]) -> Inputs:
+        """The images at these positions of the batch, in this order."""
+        return Inputs(self.x_t[index], self.timestep[index], self.conditions.rows(index))
+
+    def to(self, device: torch.device) -> Inputs:
+        """The same on a device."""
+        return Inputs(self.x_t.to(device), self.timestep.to(device), self.conditions.to(device))
 
 
-def join_inputs(cases: Sequence[Inputs]) -> Inputs:
-    """Cases of one network as one batch."""
-    columns = [case.inputs() for case in cases]
-    joined = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
-    return Inputs(joined["x_t"], joined["timestep"], joined.get("y"), joined.get("cond"))
+def join_inputs(parts: Sequence[Inputs]) -> Inputs:
+    """Inputs of one network as one batch, in this order."""
+    return Inputs(
+        torch.cat([part.x_t for part in parts]),
+        torch.cat([part.timestep for part in parts]),
+        join_conditions([part.conditions for part in parts]),
+    )

@@ -41,14 +41,15 @@ class TimeEmbedding(nn.Module):
             self.label_linear1 = nn.Linear(config.embed_channels, width)
             self.label_linear2 = nn.Linear(width, width)
 
-    def forward(self, timestep: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
-        """timestep [B] float32, y as LabelInput says or None -> one projection [B, C] for each ResBlock with one."""
+    def forward(self, timestep: Tensor, label: Tensor | None) -> tuple[Tensor, ...]:
+        """timestep [B] float32, label as LabelInput says or None
+        -> one projection [B, C] for each ResBlock with one."""
         emb = self._mlp(timestep, self.linear1, self.linear2)
-        if y is not None and self.label_input is not None and not self.label_projects:
-            emb = emb + self._embed_label(y).to(emb.dtype)
+        if label is not None and self.label_input is not None and not self.label_projects:
+            emb = emb + self._embed_label(label).to(emb.dtype)
         projected = self.projection(activate(emb, self.config.projection_activation))
-        if y is not None and self.label_projects:
-            projected = projected + self.label(y)
+        if label is not None and self.label_projects:
+            projected = projected + self.label(label)
         return projected.split(self.projections, dim=1)
 
     def _mlp(self, number: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:
@@ -71,18 +72,18 @@ class TimeEmbedding(nn.Module):
         scaled = number if time.scale == 1.0 else number * time.scale
         return ops.timestep_embedding(scaled, self.embed_channels, time.theta, time.shift, time.order.value)
 
-    def _embed_label(self, y: Tensor) -> Tensor:
+    def _embed_label(self, label: Tensor) -> Tensor:
         match self.label_input:
             case c.LabelInput.TABLE:
-                return self.label(y)
+                return self.label(label)
             case c.LabelInput.NUMBER:
-                return self._mlp(y, self.label_linear1, self.label_linear2)
+                return self._mlp(label, self.label_linear1, self.label_linear2)
             case _:
-                return y
+                return label
 
 
 class UNet(nn.Module):
-    """epsilon_theta(x_t, t, y): a DDPM-family U-Net as its UNetConfig lists it."""
+    """epsilon_theta(x_t, t, conditions): a DDPM-family U-Net as its UNetConfig lists it."""
 
     def __init__(self, config: c.UNetConfig) -> None:
         super().__init__()
@@ -92,12 +93,14 @@ class UNet(nn.Module):
         self.types: tuple[torch.dtype | None, ...] = (None,) * len(config.blocks)
         """What each block computes in, set by engine.networks.half.cast_unet; None: in what it is given."""
 
-    def forward(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        """x_t [B, C, H, W], timestep [B] float32, y [B] int64, cond [B, Cc, H, W] -> [B, C', H, W]."""
-        projections = iter(self.time(timestep, y))
+    def forward(
+        self, x_t: Tensor, timestep: Tensor, label: Tensor | None = None, image: Tensor | None = None
+    ) -> Tensor:
+        """x_t [B, C, H, W], timestep [B] float32, label and image as in Conditions -> [B, C', H, W]."""
+        projections = iter(self.time(timestep, label))
         h = x_t
-        if cond is not None:
-            h = torch.cat([cond, x_t] if self.config.cond_first else [x_t, cond], dim=1)
+        if image is not None:
+            h = torch.cat([image, x_t] if self.config.cond_first else [x_t, image], dim=1)
         h = h.to(next((dtype for dtype in self.types if dtype is not None), h.dtype))
         out = run_blocks(self.config.blocks, self.blocks, h, projections, self.types).to(x_t.dtype)
         return out / timestep[:, None, None, None] if self.config.divides_by_timestep else out

@@ -14,6 +14,7 @@ from engine.diffusion.noise import NOISE, NoiseSource, normal
 from engine.diffusion.prediction import Diffusion, log_variance_bounds, x0_coefficients
 from engine.diffusion.solvers import Steps, visited_timesteps
 from engine.errors import RequestError
+from engine.networks.inputs import UNCONDITIONED, Conditions, Inputs
 from kernels.reference import limit_x0
 
 _BITS = 1.0 / math.log(2.0)
@@ -64,14 +65,14 @@ def variational_bound(
     steps: Steps,
     *,
     diffusion: Diffusion | None = None,
-    labels: Tensor | None = None,
-    cond: Tensor | None = None,
+    conditions: Conditions = UNCONDITIONED,
     seeds: list[int] | None = None,
     noise: NoiseSource = normal,
 ) -> BoundTerms:
     """Terms of the bound L_0 + ... + L_T on x0 [B, C, H, W] in [-1, 1]; Improved DDPM (2021), eq. 4 to 7.
 
-    steps: a count or respacing string. diffusion: the backend's own unless given. labels [B] int64. The k-th step
+    steps: a count or respacing string. diffusion: the backend's own unless given. conditions: those of
+    the network. The k-th step
     takes its noise from draw k + 1 of each image's seed (0..B-1 unless given).
     """
     process = diffusion or backend.manifest.diffusion
@@ -90,8 +91,8 @@ def variational_bound(
         z = torch.from_numpy(noise(own_seeds, [k + 1] * batch, shape, NOISE))
         x_t = math.sqrt(abar[t]) * x0 + math.sqrt(1 - abar[t]) * z
         time = torch.full((batch,), float(schedule.timesteps[t] * process.timestep_scale))
-        sent = [None if value is None else value.to(backend.device) for value in (x_t, time, labels, cond)]
-        out = backend(sent[0], sent[1], sent[2], sent[3]).to(x0.device)  # type: ignore[arg-type]
+        sent = Inputs(x_t, time, conditions).to(backend.device)
+        out = backend(sent.x_t, sent.timestep, sent.conditions).to(x0.device)
         mean_out, rest = out[:, : shape[0]], out[:, shape[0] :]
         x0_hat = limit_x0(a[t] * x_t + b[t] * mean_out, clip, percentile)
         fraction = (rest + 1) / 2 if rest.shape[1] and lower[t] != upper[t] else torch.zeros_like(x0)

@@ -30,6 +30,7 @@ from engine.diffusion.solvers import (
     starting_level,
 )
 from engine.errors import RequestError
+from engine.networks.inputs import Conditions
 from engine.sampling.likelihood import variational_bound
 from engine.sampling.options import Options, Plan, Preview, Progress, deterministic, great_circle, previews
 from engine.sampling.pool import SlotPool
@@ -212,8 +213,7 @@ class Sampler:
                 self.backend,
                 x0[first : first + batch_size],
                 len(self.diffusion.schedule) if steps is None else steps,
-                labels=label,
-                cond=conds,
+                conditions=Conditions(label, conds),
                 seeds=[r.seed for r in part],
             )
             totals.append(terms.total)

@@ -26,6 +26,7 @@ from engine.diffusion.prediction import Prediction
 from engine.diffusion.solvers import COLUMNS, StepTable
 from engine.errors import RequestError
 from engine.networks.config import LabelInput, UNetConfig
+from engine.networks.inputs import Conditions, Inputs
 from engine.threads import torch_threads
 from kernels.reference import Coefficients, Known, limit_x0, solver_update
 
@@ -258,9 +259,9 @@ class Slots:
             rows = [*range(count), *active]
             x_t, timestep = x_t[rows], timestep[rows]
             cond = None if cond is None else cond[rows]
-        sent = [None if value is None else value.to(self._backend.device) for value in (x_t, timestep, label, cond)]
+        sent = Inputs(x_t, timestep, Conditions(label, cond)).to(self._backend.device)
         with torch_threads(self._network_threads):
-            out = self._backend(sent[0], sent[1], sent[2], sent[3]).to(x_t.device)  # type: ignore[arg-type]
+            out = self._backend(sent.x_t, sent.timestep, sent.conditions).to(x_t.device)
         if not active:
             return out, {}
         guided = out[:count].clone()

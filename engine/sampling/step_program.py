@@ -175,11 +175,11 @@ class StepProgram:
             buffers["timestep"][part].copy_(timestep)
             if buffers["x_t"] is not state.x_t:
                 buffers["x_t"][part].copy_(state.x_t)
-            if "cond" in buffers and cond is not None:
-                buffers["cond"][part].copy_(cond)
+            if "image" in buffers and cond is not None:
+                buffers["image"][part].copy_(cond)
         labels = state.class_label if "scale" in buffers else state.label
-        if "y" in buffers:
-            buffers["y"][:count].copy_(labels)
+        if "label" in buffers:
+            buffers["label"][:count].copy_(labels)
 
     def _guided(self, call: _Call, variant: Variant) -> tuple[Tensor, Tensor | None]:
         """The network's result after classifier-free guidance, [B, C', H, W], and what E multiplies instead of it."""
@@ -218,14 +218,14 @@ class StepProgram:
         shapes: dict[str, tuple[int, ...]] = {"timestep": (batch,)}
         channels = {"x_t": config.in_channels, "out": config.out_channels}
         if config.cond_channels:
-            channels["cond"] = config.cond_channels
+            channels["image"] = config.cond_channels
         shapes |= {name: (batch, number, *config.image_size) for name, number in channels.items()}
         buffers = self._allocate(shapes, batch, copies)
         if config.num_classes is not None:
-            buffers["y"] = self._device.allocate((batch, *state.label.shape[1:]), state.label.dtype)
+            buffers["label"] = self._device.allocate((batch, *state.label.shape[1:]), state.label.dtype)
             if copies == 2:
                 assert config.null_class is not None
-                self._device.copy_in(buffers["y"][state.capacity :], torch.tensor(config.null_class))
+                self._device.copy_in(buffers["label"][state.capacity :], torch.tensor(config.null_class))
         return _Call(self._network.bind(buffers), buffers, copies)
 
     def _bind_guide(self, guide: Capturable) -> _Call:
@@ -233,7 +233,7 @@ class StepProgram:
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("timestep", "scale", "log_p"), (batch,))
         shapes |= dict.fromkeys(("x_t", "grad"), (batch, *image))
         buffers = self._allocate(shapes, batch, 1)
-        buffers["y"] = self._device.allocate((batch,), torch.int64)
+        buffers["label"] = self._device.allocate((batch,), torch.int64)
         return _Call(guide.bind(buffers), buffers, 1)
 
     def _allocate(self, shapes: dict[str, tuple[int, ...]], batch: int, copies: int) -> dict[str, Tensor]:

@@ -77,7 +77,7 @@ def choose_int8(unet: UNet, cases: Sequence[Inputs]) -> Int8Choice:
     names = tuple(find_candidates(program))
     if not names:
         raise ExportError("this network has no 3x3 convolution of a ResBlock behind a norm; leave --native-int8 out")
-    ranges = calibrate(unet, names, [case.inputs() for case in cases])
+    ranges = calibrate(unet, names, [case.tensors() for case in cases])
     # A call for each convolution: every other timestep is enough to tell them apart.
     alone = _Wanted(unet, [join_inputs([case for case in cases if case.is_single][::2])])
     shares = {name: alone.judge({name: ranges[name]}).rms / alone.deviation for name in names}
@@ -109,7 +109,7 @@ class _Wanted:
     def __init__(self, unet: UNet, cases: Sequence[Inputs]) -> None:
         self._unet, self._cases = unet, cases
         with torch.no_grad():
-            self._results = [unet(**case.inputs()) for case in cases]
+            self._results = [unet(**case.tensors()) for case in cases]
         self.deviation = float(torch.cat([result.flatten() for result in self._results]).std())
 
     def judge(self, ranges: Mapping[str, ByteRange]) -> Difference:
@@ -117,7 +117,7 @@ class _Wanted:
         total = Difference()
         with int8_convolutions(self._unet, ranges), torch.no_grad():
             for case, result in zip(self._cases, self._results, strict=True):
-                total.add(self._unet(**case.inputs()), result)
+                total.add(self._unet(**case.tensors()), result)
         return total
 
 

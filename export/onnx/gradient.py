@@ -5,7 +5,7 @@ Classifier guidance needs d log p(y | x_t, t) / d x_t at every step (Dhariwal & 
 by forward ones (export.onnx.gradient_rules), what depends on weights only is computed, and the result is exported like
 any network. Runtimes that cannot differentiate then guide as well as torch does.
 
-    inputs   x_t [B, C, H, W] fp32, timestep [B] fp32, y [B] int64, scale [B] fp32
+    inputs   x_t [B, C, H, W] fp32, timestep [B] fp32, label [B] int64, scale [B] fp32
     outputs  grad [B, C, H, W] = scale * d log p(y | x_t, t) / d x_t, and log_p [B], both fp32
 
 No input is called t: folding a transpose leaves a constant of that name, and ONNX Runtime refuses the file.
@@ -31,12 +31,12 @@ from engine.networks.classifier import Classifier
 from export.onnx.gradient_rules import input_gradient_rules
 from export.onnx.onnx_file import OPSET, quiet_exporter, save_program
 
-INPUTS = ("x_t", "timestep", "y", "scale")
+INPUTS = ("x_t", "timestep", "label", "scale")
 OUTPUTS = ("grad", "log_p")
 
 
 class GradientGraph(nn.Module):
-    """(x_t, timestep, y, scale) -> (grad, log_p), forward operators only, for one gain.
+    """(x_t, timestep, label, scale) -> (grad, log_p), forward operators only, for one gain.
 
     The cotangent onehot(y) - softmax(logits), which is d log p / d logits, is multiplied by the gain before it runs
     backwards and the result divided by it: without effect in float32, and in float16 what lifts the small gradients
@@ -50,8 +50,8 @@ class GradientGraph(nn.Module):
         self.gain: Tensor
         self.register_buffer("gain", torch.tensor(gain, dtype=torch.float32))
 
-    def forward(self, x_t: Tensor, timestep: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        grad, log_p = self.traced(x_t, timestep, y, self.gain)
+    def forward(self, x_t: Tensor, timestep: Tensor, label: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        grad, log_p = self.traced(x_t, timestep, label, self.gain)
         return grad * (scale / self.gain)[:, None, None, None], log_p
 
 

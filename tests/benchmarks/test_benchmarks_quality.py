@@ -28,6 +28,7 @@ from engine.backends.protocol import Backend
 from engine.bundle.folder import Bundle, write_manifest
 from engine.bundle.from_checkpoint import checkpoint_manifest
 from engine.errors import BackendError, RequestError
+from engine.networks.inputs import UNCONDITIONED, Conditions
 from recipes.digits_data import Digits
 
 FACTS = {
@@ -78,24 +79,24 @@ class Faulty:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        return self._call(self._inner, x_t, timestep, y, cond)
+    def __call__(self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED) -> Tensor:
+        return self._call(self._inner, x_t, timestep, conditions)
 
 
-def same(inner, x_t, timestep, y, cond):
-    return inner(x_t, timestep, y, cond)
+def same(inner, x_t, timestep, conditions):
+    return inner(x_t, timestep, conditions)
 
 
-def rounded_to_bf16(inner, x_t, timestep, y, cond):
-    return inner(x_t, timestep, y, cond).bfloat16().float()
+def rounded_to_bf16(inner, x_t, timestep, conditions):
+    return inner(x_t, timestep, conditions).bfloat16().float()
 
 
-def wrong_labels(inner, x_t, timestep, y, cond):
-    return inner(x_t, timestep, (y + 3) % 10, cond)
+def wrong_labels(inner, x_t, timestep, conditions):
+    return inner(x_t, timestep, Conditions((conditions.label + 3) % 10))
 
 
-def not_a_number(inner, x_t, timestep, y, cond):
-    return torch.full_like(inner(x_t, timestep, y, cond), torch.nan)
+def not_a_number(inner, x_t, timestep, conditions):
+    return torch.full_like(inner(x_t, timestep, conditions), torch.nan)
 
 
 def run(*argv: object) -> int:

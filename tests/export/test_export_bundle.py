@@ -28,6 +28,7 @@ from engine.checkpoints.types import Checkpoint
 from engine.errors import ExportError, OutputError
 from engine.networks.classifier import Classifier
 from engine.networks.config import Attention, NormSiLU, ResBlock
+from engine.networks.inputs import Conditions
 from engine.networks.unet import UNet
 from export import to_onnx, to_trt
 from export.onnx.onnx_file import has_wide_products
@@ -217,7 +218,7 @@ def test_onnx_interface(made, name):
     assert {value.name: shape(value) for value in model.graph.input} == {
         "x_t": (types.FLOAT, ["batch", 1, 8, 12]),
         "timestep": (types.FLOAT, ["batch"]),
-        "y": (types.INT64, ["batch"]),
+        "label": (types.INT64, ["batch"]),
     }
     assert [(value.name, shape(value)) for value in model.graph.output] == [("out", (types.FLOAT, ["batch", 2, 8, 12]))]
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 21)]
@@ -253,7 +254,7 @@ def test_artefact_against_torch_at_any_batch(made, backend, precision):
     unet = made.checkpoint.unet()
     for batch in range(1, 6):
         x_t, timestep, y = inputs(batch, seed=batch)
-        got, wanted = run(x_t, timestep, y), unet(x_t, timestep, y)
+        got, wanted = run(x_t, timestep, Conditions(y)), unet(x_t, timestep, y)
         assert got.dtype == torch.float32
         assert got.shape == wanted.shape
         assert relative_rms(got, wanted) < export.verify.LIMITS[precision]
@@ -263,11 +264,11 @@ def test_artefact_against_torch_at_any_batch(made, backend, precision):
 def test_a_row_has_the_same_bits_in_every_batch(made, backend):
     run = open_here(made, backend, "fp32")
     x_t, timestep, y = inputs(16)
-    alone = torch.cat([run(x_t[i, None], timestep[i, None], y[i, None]) for i in range(16)])
+    alone = torch.cat([run(x_t[i, None], timestep[i, None], Conditions(y[i, None])) for i in range(16)])
     for batch in range(2, 17):
-        assert torch.equal(run(x_t[:batch], timestep[:batch], y[:batch]), alone[:batch]), batch
+        assert torch.equal(run(x_t[:batch], timestep[:batch], Conditions(y[:batch])), alone[:batch]), batch
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(run(x_t[order], timestep[order], y[order]), alone[order])
+    assert torch.equal(run(x_t[order], timestep[order], Conditions(y[order])), alone[order])
 
 
 def open_here(made: Made, backend: str, precision: str) -> Backend:
@@ -390,7 +391,7 @@ def test_without_tensorrt_the_rest_is_whole(unverified, tmp_path, capsys, withou
     assert bundle.manifest.plans == ()
     assert bundle.has(FP16_ONNX_NAME)
     x_t, timestep, y = inputs(2)
-    assert open_backend(bundle, "eager")(x_t, timestep, y).shape == (2, 2, 8, 12)
+    assert open_backend(bundle, "eager")(x_t, timestep, Conditions(y)).shape == (2, 2, 8, 12)
 
 
 def test_target_without_tensorrt(made, tmp_path, capsys, without_tensorrt):

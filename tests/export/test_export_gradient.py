@@ -250,7 +250,7 @@ def test_file_is_an_ordinary_forward_graph(made, name):
     onnx = pytest.importorskip("onnx")
     model = onnx.load(made.bundle.file(name))
     onnx.checker.check_model(model)
-    assert [value.name for value in model.graph.input] == ["x_t", "timestep", "y", "scale"]
+    assert [value.name for value in model.graph.input] == ["x_t", "timestep", "label", "scale"]
     assert [value.name for value in model.graph.output] == ["grad", "log_p"]
     float32, int64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
     types = [value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)]

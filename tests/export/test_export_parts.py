@@ -20,7 +20,7 @@ from engine.diffusion.prediction import Diffusion
 from engine.diffusion.schedule import linear_schedule
 from engine.errors import ExportError
 from engine.networks.config import Attention, Conv, NormSiLU, Pop, Push, Resample, ResBlock, TimeConfig, UNetConfig
-from engine.networks.inputs import join_inputs
+from engine.networks.inputs import Conditions, join_inputs
 from engine.networks.unet import UNet
 from export import arguments as cli
 from export import to_onnx, to_trt
@@ -66,7 +66,7 @@ def inputs(batch: int, config: UNetConfig = CONFIG) -> dict[str, Tensor]:
     return {
         "x_t": torch.randn(batch, config.in_channels, *config.image_size, generator=generator),
         "timestep": 999 * torch.rand(batch, generator=generator),
-        "cond": torch.randn(batch, config.cond_channels, *config.image_size, generator=generator),
+        "image": torch.randn(batch, config.cond_channels, *config.image_size, generator=generator),
     }
 
 
@@ -95,7 +95,9 @@ def test_network_with_a_condition(split_files, backend, package):
     run, unet = backend(manifest(), split_files, "fp32", 2), random_unet()
     for batch in (1, 2, 5):
         given = inputs(batch)
-        torch.testing.assert_close(run(**given), unet(**given), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            run(given["x_t"], given["timestep"], Conditions(image=given["image"])), unet(**given), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_results_of_the_blocks(split_files):
@@ -118,11 +120,11 @@ def test_cases_are_states_of_trajectories():
     assert times[-1] == 0
     assert times == sorted(times, reverse=True)
     assert [float(t) for t in cases[-1].timestep] == times
-    assert all(case.y is None for case in cases)
-    assert all(case.cond is not None and case.cond.abs().max() <= 1 for case in cases)
+    assert all(case.conditions.label is None for case in cases)
+    assert all(case.conditions.image is not None and case.conditions.image.abs().max() <= 1 for case in cases)
     # DDIM with eta 0 takes each state to the next: the first is noise, the last is nearly an image.
     assert cases[0].x_t.std() > 0.8
-    assert torch.equal(join_inputs([cases[0], cases[1]]).image(1).x_t, cases[1].x_t)
+    assert torch.equal(join_inputs([cases[0], cases[1]]).rows([1]).x_t, cases[1].x_t)
 
 
 def test_fp16_as_a_gpu_rounds_it():

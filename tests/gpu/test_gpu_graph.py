@@ -9,6 +9,7 @@ import pytest
 import torch
 from device_slots import slots_of
 from elementwise import SAMPLERS, finished
+from exported import call
 from graph_cases import CFG
 from helpers import adm_unet, random_network, tiny_manifest
 
@@ -16,6 +17,7 @@ from engine.backends.eager.eager_backend import EagerBackend
 from engine.device import cuda_device
 from engine.diffusion.guidance import ClassifierGuidance
 from engine.diffusion.noise import normal
+from engine.networks.inputs import Conditions, Inputs
 from engine.sampling.graph_slots import GraphSlots
 from engine.sampling.pool import SlotPool
 from engine.sampling.sampler import Sampler, Slots
@@ -59,7 +61,7 @@ class GradientOnCuda:
 
         class Bound:
             def enqueue(self, stream: Any) -> None:
-                grad, _ = guide(*(buffers[name] for name in ("x_t", "timestep", "y", "scale")))
+                grad, _ = guide(*(buffers[name] for name in ("x_t", "timestep", "label", "scale")))
                 buffers["grad"].copy_(grad)
 
             def check_capturable(self, stream: Any) -> None:
@@ -166,9 +168,9 @@ def test_half_precision_is_near(backend):
     """Of one call: a random network amplifies each step's rounding in the next ones."""
     half = EagerBackend(tiny_manifest(CONFIG), random_network(CONFIG), "fp16", None)
     x_t = torch.randn(4, CONFIG.in_channels, *CONFIG.image_size, generator=torch.Generator().manual_seed(0))
-    operands = {"x_t": x_t, "timestep": torch.tensor([3.0, 250.0, 500.0, 999.0]), "y": torch.tensor([1, 2, 9, 10])}
-    operands = {name: value.cuda() for name, value in operands.items()}
-    full, got = (b(**operands).float() for b in (backend, half))
+    conditions = Conditions(torch.tensor([1, 2, 9, 10]))
+    inputs = Inputs(x_t, torch.tensor([3.0, 250.0, 500.0, 999.0]), conditions).to(torch.device("cuda"))
+    full, got = (call(b, inputs).float() for b in (backend, half))
     # 2^-11 a rounding, over some twenty layers; a GPU gave 0.0025 to 0.0028 over four batches.
     error = float((got - full).square().mean().sqrt() / full.square().mean().sqrt())
     assert error <= 0.01

@@ -15,6 +15,7 @@ from engine.bundle.manifest import Manifest
 from engine.checkpoints.types import Checkpoint, build_unet
 from engine.errors import BackendError
 from engine.networks.half import cast_unet
+from engine.networks.inputs import UNCONDITIONED, Conditions
 from engine.networks.operators import TritonOperators, use_operators
 from engine.networks.unet import UNet
 from engine.threads import torch_threads
@@ -50,12 +51,12 @@ class EagerBackend:
         """A training checkpoint without a bundle."""
         return cls(checkpoint_manifest(checkpoint), checkpoint.unet(), precision, threads)
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+    def __call__(self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED) -> Tensor:
         """See engine.backends.protocol.Backend."""
         if self._unet is None:
             raise BackendError("this backend was closed; open the bundle again")
         with torch_threads(self._threads), torch.inference_mode():
-            return self._unet(x_t, timestep, y, cond)
+            return self._unet(x_t, timestep, **conditions.tensors())
 
     def fit(self, batch: int) -> int:
         """Any batch runs as it is."""
@@ -82,7 +83,7 @@ class BoundUNet:
         """On torch's current stream, which is the one given."""
         given = self.buffers
         with torch.no_grad():
-            out = self.unet(given["x_t"], given["timestep"], given.get("y"), given.get("cond"))
+            out = self.unet(given["x_t"], given["timestep"], given.get("label"), given.get("image"))
         given["out"].copy_(out)
 
     def check_capturable(self, stream: object) -> None:

@@ -23,6 +23,7 @@ from engine.bundle.folder import Bundle
 from engine.bundle.manifest import INT8_NAME, WEIGHTS_NAME, Manifest
 from engine.errors import BackendError
 from engine.networks.config import ClassifierConfig, UNetConfig
+from engine.networks.inputs import UNCONDITIONED, Conditions, Inputs
 from kernels.native.library import Engine, Isa, NativeError, Network, best_isa
 
 _CPUS = Path("/sys/devices/system/cpu")
@@ -76,32 +77,31 @@ class NativeBackend:
         network = make_network(program, find_isa("fp32") if isa is None else isa)
         return cls(manifest, network, pack_weights(program, network, state), threads)
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+    def __call__(self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED) -> Tensor:
         """See engine.backends.protocol.Backend; raises BackendError for inputs of other shapes and types, and once
         closed.
         """
-        engine, x, rows = self._prepare(x_t, timestep, y, cond)
+        engine, x, rows = self._prepare(Inputs(x_t, timestep, conditions))
         with told():
             out = engine.run(x, rows)
         return self._finish(out, timestep)
 
     def profile(
-        self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None
+        self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED
     ) -> tuple[Tensor, NDArray[np.float64]]:
         """The same, and the seconds that each operator of engine.backends.native.lowering.build_program took."""
-        engine, x, rows = self._prepare(x_t, timestep, y, cond)
+        engine, x, rows = self._prepare(Inputs(x_t, timestep, conditions))
         with told():
             out, seconds = engine.profile(x, rows)
         return self._finish(out, timestep), seconds
 
-    def _prepare(
-        self, x_t: Tensor, timestep: Tensor, y: Tensor | None, cond: Tensor | None
-    ) -> tuple[Engine, NDArray[np.float32], NDArray[np.float32]]:
+    def _prepare(self, inputs: Inputs) -> tuple[Engine, NDArray[np.float32], NDArray[np.float32]]:
         engine = self.engine
-        x = _join(self.manifest.config, x_t, cond)
+        timestep = inputs.timestep
+        x = _join(self.manifest.config, inputs.x_t, inputs.conditions.image)
         if len(timestep) != len(x):
             raise BackendError(f"x_t has {len(x)} images and timestep {len(timestep)}; expected as many")
-        return engine, x.contiguous().numpy(), self._rows(timestep, y)
+        return engine, x.contiguous().numpy(), self._rows(timestep, inputs.conditions.label)
 
     def _finish(self, out: NDArray[np.float32], timestep: Tensor) -> Tensor:
         result = torch.from_numpy(out)
@@ -190,18 +190,18 @@ def _pack_bundle(bundle: Bundle, name: str, program: Program, network: Network, 
     return pack_weights(program, network, prepare(load_file(bundle.file(name))))
 
 
-def _join(config: UNetConfig, x_t: Tensor, cond: Tensor | None) -> Tensor:
+def _join(config: UNetConfig, x_t: Tensor, image: Tensor | None) -> Tensor:
     """The engine's input [B, C + Cc, H, W]."""
     check_image("x_t", x_t, config.in_channels, config)
-    if cond is None and not config.cond_channels:
+    if image is None and not config.cond_channels:
         return x_t.detach()
-    if cond is None or not config.cond_channels:
-        got = "none" if cond is None else f"one of {list(cond.shape)}"
+    if image is None or not config.cond_channels:
+        got = "none" if image is None else f"one of {list(image.shape)}"
         raise BackendError(f"the network takes a condition image of {config.cond_channels} channels, got {got}")
-    check_image("cond", cond, config.cond_channels, config)
-    if len(cond) != len(x_t):
-        raise BackendError(f"x_t has {len(x_t)} images and cond {len(cond)}; expected as many")
-    return torch.cat([cond, x_t] if config.cond_first else [x_t, cond], dim=1).detach()
+    check_image("image", image, config.cond_channels, config)
+    if len(image) != len(x_t):
+        raise BackendError(f"x_t has {len(x_t)} images and the condition {len(image)}; expected as many")
+    return torch.cat([image, x_t] if config.cond_first else [x_t, image], dim=1).detach()
 
 
 def check_image(name: str, image: Tensor, channels: int, config: UNetConfig | ClassifierConfig) -> None:

@@ -88,24 +88,24 @@ class NativeGuide:
     def config(self) -> ClassifierConfig:
         return self._config
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_t: Tensor, timestep: Tensor, label: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """See engine.diffusion.guidance.Guide; raises BackendError for inputs of other shapes and types, and once
         closed.
         """
         if self._engine is None:
             raise BackendError("this classifier was closed; open the bundle again")
         check_image("x_t", x_t, self._config.in_channels, self._config)
-        given = ("timestep", timestep, torch.float32), ("y", y, torch.int64), ("scale", scale, torch.float32)
+        given = ("timestep", timestep, torch.float32), ("label", label, torch.int64), ("scale", scale, torch.float32)
         for name, value, dtype in given:
             if value.shape != (len(x_t),) or value.dtype != dtype:
                 raise BackendError(f"{name} is {list(value.shape)} {value.dtype}; expected [{len(x_t)}] {dtype}")
         # An image that is not guided may have a label that only the network knows.
-        is_known = (y >= 0) & (y < self._config.num_classes)
+        is_known = (label >= 0) & (label < self._config.num_classes)
         if not bool((is_known | (scale == 0)).all()):
-            raise BackendError(f"labels are {y.tolist()}; expected 0 to {self._config.num_classes - 1}")
-        y = torch.where(is_known, y, 0)
+            raise BackendError(f"labels are {label.tolist()}; expected 0 to {self._config.num_classes - 1}")
+        label = torch.where(is_known, label, 0)
         projected = torch.from_numpy(self._rows(timestep, None))
-        rows = torch.cat([projected, y[:, None].float(), scale.detach()[:, None]], dim=1)
+        rows = torch.cat([projected, label[:, None].float(), scale.detach()[:, None]], dim=1)
         with told():
             grad, log_p = self._engine.classify(x_t.detach().contiguous().numpy(), rows.numpy())
         return torch.from_numpy(grad), torch.from_numpy(log_p)

@@ -43,25 +43,25 @@ class TimeRows:
         self._rows: OrderedDict[Hashable, NDArray[np.float32]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __call__(self, timestep: Tensor, y: Tensor | None) -> NDArray[np.float32]:
-        """timestep [B] float32, y as engine.networks.config.LabelInput says or None -> [B, width] float32.
+    def __call__(self, timestep: Tensor, label: Tensor | None) -> NDArray[np.float32]:
+        """timestep [B] float32, label as engine.networks.config.LabelInput says or None -> [B, width] float32.
 
         Raises BackendError for other shapes and types, and for a timestep or label outside its table.
         """
         self._check_timestep(timestep)
         if self.width == 0:
             return np.empty((len(timestep), 0), np.float32)
-        labels = self._labels(y, len(timestep))
+        labels = self._labels(label, len(timestep))
         with self._lock:
             keys = zip(timestep.tolist(), labels, strict=True)
-            return np.stack([self._row(key, i, timestep, y) for i, key in enumerate(keys)])
+            return np.stack([self._row(key, i, timestep, label) for i, key in enumerate(keys)])
 
-    def _row(self, key: Hashable, index: int, timestep: Tensor, y: Tensor | None) -> NDArray[np.float32]:
+    def _row(self, key: Hashable, index: int, timestep: Tensor, label: Tensor | None) -> NDArray[np.float32]:
         row = self._rows.get(key)
         if row is None:
-            label = None if y is None or self._config.num_classes is None else y[index, None]
+            own = None if label is None or self._config.num_classes is None else label[index, None]
             with torch_threads(1), torch.inference_mode():
-                row = torch.cat(self._embedding(timestep[index, None], label), dim=1)[0].numpy()
+                row = torch.cat(self._embedding(timestep[index, None], own), dim=1)[0].numpy()
             self._rows[key] = row
             if len(self._rows) > self._most:
                 self._rows.popitem(last=False)
@@ -75,18 +75,18 @@ class TimeRows:
         if rows is not None and not bool(((timestep.round() >= 0) & (timestep.round() < rows)).all()):
             raise BackendError(f"timesteps are {timestep.tolist()}; the network has rows for 0 to {rows - 1}")
 
-    def _labels(self, y: Tensor | None, count: int) -> Sequence[Hashable]:
-        """What tells labels apart; a network without labels ignores y."""
+    def _labels(self, label: Tensor | None, count: int) -> Sequence[Hashable]:
+        """What tells labels apart; a network without labels ignores label."""
         config = self._config
-        if y is None or config.num_classes is None:
+        if label is None or config.num_classes is None:
             return [None] * count
         assert isinstance(config, UNetConfig)
         wanted = (count, config.time_channels) if config.label is LabelInput.VECTOR else (count,)
         dtype = _LABEL_TYPES[config.label]
-        if tuple(y.shape) != wanted or y.dtype != dtype:
-            raise BackendError(f"y is {list(y.shape)} {y.dtype}; expected {list(wanted)} {dtype}")
+        if tuple(label.shape) != wanted or label.dtype != dtype:
+            raise BackendError(f"label is {list(label.shape)} {label.dtype}; expected {list(wanted)} {dtype}")
         if config.label is LabelInput.VECTOR:
-            return [row.numpy().tobytes() for row in y]
-        if config.label is LabelInput.TABLE and not bool(((y >= 0) & (y < config.num_classes)).all()):
-            raise BackendError(f"labels are {y.tolist()}; expected 0 to {config.num_classes - 1}")
-        return y.tolist()
+            return [row.numpy().tobytes() for row in label]
+        if config.label is LabelInput.TABLE and not bool(((label >= 0) & (label < config.num_classes)).all()):
+            raise BackendError(f"labels are {label.tolist()}; expected 0 to {config.num_classes - 1}")
+        return label.tolist()

@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.bundle.manifest import Manifest
 from engine.errors import BackendError, MissingPackageError
 from engine.networks.config import ClassifierConfig
+from engine.networks.inputs import UNCONDITIONED, Conditions, Inputs
 
 
 def open_session(path: Path, threads: int | None) -> Any:
@@ -47,11 +48,11 @@ class OrtBackend:
         self.manifest, self.precision = manifest, precision
         self.device = torch.device("cpu")
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+    def __call__(self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED) -> Tensor:
         """See engine.backends.protocol.Backend."""
         if self._session is None:
             raise BackendError("this backend was closed; open the bundle again")
-        return run_session(self._session, {"x_t": x_t, "timestep": timestep, "y": y, "cond": cond})[0]
+        return run_session(self._session, Inputs(x_t, timestep, conditions).tensors())[0]
 
     def close(self) -> None:
         self._session = None
@@ -70,11 +71,11 @@ class OrtGuide:
     def config(self) -> ClassifierConfig:
         return self._config
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_t: Tensor, timestep: Tensor, label: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """See engine.diffusion.guidance.Guide; raises BackendError once closed."""
         if self._session is None:
             raise BackendError("this classifier was closed; open the bundle again")
-        given = {"x_t": x_t, "timestep": timestep, "y": y, "scale": scale}
+        given = {"x_t": x_t, "timestep": timestep, "label": label, "scale": scale}
         grad, log_p = run_session(self._session, given, ["grad", "log_p"])
         return grad, log_p
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from engine.bundle.manifest import Manifest
 from engine.errors import BackendError, MissingPackageError
 from engine.networks.config import ClassifierConfig
+from engine.networks.inputs import UNCONDITIONED, Conditions, Inputs
 
-_NETWORK_INPUTS = ("x_t", "timestep", "y", "cond")
+_NETWORK_INPUTS = ("x_t", "timestep", "label", "image")
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
@@ -53,12 +54,12 @@ class OpenVINOBackend:
         self.manifest, self.precision = manifest, precision
         self.device = torch.device("cpu")
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+    def __call__(self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED) -> Tensor:
         """See engine.backends.protocol.Backend."""
         if self._model is None:
             raise BackendError("this backend was closed; open the bundle again")
-        given = {"x_t": x_t, "timestep": timestep, "y": y, "cond": cond}
-        feed = [given[name].contiguous().numpy() for name in self._inputs]  # type: ignore[union-attr]
+        given = Inputs(x_t, timestep, conditions).tensors()
+        feed = [given[name].contiguous().numpy() for name in self._inputs]
         result = self._model(feed)[self._model.outputs[0]]
         return torch.from_numpy(result.copy())
 
@@ -79,11 +80,11 @@ class OpenVINOGuide:
     def config(self) -> ClassifierConfig:
         return self._config
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_t: Tensor, timestep: Tensor, label: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """See engine.diffusion.guidance.Guide; raises BackendError once closed."""
         if self._model is None:
             raise BackendError("this classifier was closed; open the bundle again")
-        given = {"x_t": x_t, "timestep": timestep, "y": y, "scale": scale}
+        given = {"x_t": x_t, "timestep": timestep, "label": label, "scale": scale}
         results = self._model({name: value.contiguous().numpy() for name, value in given.items()})
         grad, log_p = (torch.from_numpy(results[name].copy()) for name in ("grad", "log_p"))
         return grad, log_p

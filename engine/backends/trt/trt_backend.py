@@ -22,10 +22,11 @@ from engine.device import Device, Stream, cuda_device
 from engine.errors import BackendError, OutputError
 from engine.files import atomic_path, make_folder
 from engine.networks.config import ClassifierConfig
+from engine.networks.inputs import UNCONDITIONED, Conditions, Inputs
 
 logger = logging.getLogger(__name__)
 
-_INPUTS = ("x_t", "timestep", "y", "cond", "scale")
+_INPUTS = ("x_t", "timestep", "label", "image", "scale")
 _OUTPUTS = ("out", "grad", "log_p")
 
 
@@ -279,9 +280,9 @@ class TrtBackend:
         self.manifest: Manifest = bundle.manifest
         self.precision, self.device = chosen.precision, device.kind
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+    def __call__(self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED) -> Tensor:
         """See engine.backends.protocol.Backend; raises BackendError once closed."""
-        return self._network.call({"x_t": x_t, "timestep": timestep, "y": y, "cond": cond}, ("out",))[0]
+        return self._network.call(Inputs(x_t, timestep, conditions).tensors(), ("out",))[0]
 
     def fit(self, batch: int) -> int:
         return self._network.fit(batch)
@@ -309,9 +310,9 @@ class TrtGuide:
     def config(self) -> ClassifierConfig:
         return self._config
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_t: Tensor, timestep: Tensor, label: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """See engine.diffusion.guidance.Guide; the results are where x_t is. Raises BackendError once closed."""
-        given = {"x_t": x_t, "timestep": timestep, "y": y, "scale": scale}
+        given = {"x_t": x_t, "timestep": timestep, "label": label, "scale": scale}
         grad, log_p = self._network.call(given, ("grad", "log_p"))
         return grad.to(x_t.device), log_p.to(x_t.device)
 

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exported import network_inputs
+from exported import call, in_float64, network_inputs
 from helpers import adm_unet, random_network, tiny_manifest, write_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_cases import ADM, BLOCKS, EMPTY_LAYER, FAMILIES, instruction_sets, networks, rms
-from torch import Tensor
 
 from engine.backends.native import weight_cache as native_cache
 from engine.backends.native.lowering import build_program
@@ -25,6 +24,7 @@ from engine.backends.registry import open_backend
 from engine.bundle.folder import Bundle
 from engine.errors import BackendError
 from engine.networks import config as c
+from engine.networks.inputs import Conditions, Inputs
 from kernels.native import library
 from kernels.native.library import Isa, NativeError, Network
 
@@ -45,23 +45,15 @@ def open_network(config: c.UNetConfig, isa: Isa | None = None, threads: int = 2,
     return NativeBackend.from_weights(tiny_manifest(config), random_network(config, seed).state_dict(), threads, isa)
 
 
-def one_image(inputs: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-    return {name: value[index : index + 1] for name, value in inputs.items()}
-
-
-def in_float64(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
-
-
-def allowance(config: c.UNetConfig, inputs: dict[str, Tensor], precision: str, seed: int) -> float:
+def allowance(config: c.UNetConfig, inputs: Inputs, precision: str, seed: int) -> float:
     """How much further off than usual a network may be in which roundings grow, as in a norm of two equal pixels.
 
     By what they grow to in torch's own fp32, whose roundings are 2^-24, bf16's 2^-9.
     """
     unet = random_network(config, seed)
     with torch.no_grad():
-        single = unet(**inputs)
-        grown = float((single - unet.double()(**in_float64(inputs))).abs().max())
+        single = unet(**inputs.tensors())
+        grown = float((single - unet.double()(**in_float64(inputs).tensors())).abs().max())
     return grown * (4 if precision == "fp32" else 2**15)
 
 
@@ -73,12 +65,12 @@ def assert_runs(config: c.UNetConfig, isa: Isa, seed: int = 0, is_drawn: bool = 
     inputs = network_inputs(config, 3, 100, seed)
     with torch.inference_mode():
         unet = random_network(config, seed)
-        expected = unet(**inputs)
+        expected = unet(**inputs.tensors())
         with torch.autocast("cpu", torch.bfloat16):
-            rounded = unet(**inputs).float()
+            rounded = unet(**inputs.tensors()).float()
     backend = open_network(config, isa, seed=seed)
     assert backend.precision == isa.precision
-    got = backend(**inputs)
+    got = call(backend, inputs)
     assert got.shape == expected.shape
     more = allowance(config, inputs, isa.precision, seed) if is_drawn else 0.0
     if isa.precision == "fp32":
@@ -88,7 +80,7 @@ def assert_runs(config: c.UNetConfig, isa: Isa, seed: int = 0, is_drawn: bool = 
         assert rms(got - expected) <= limit + more
     alone = open_network(config, isa, threads=1, seed=seed)
     for index in range(3):
-        assert torch.equal(alone(**one_image(inputs, index))[0], got[index])
+        assert torch.equal(call(alone, inputs.rows([index]))[0], got[index])
     backend.close()
     alone.close()
 
@@ -121,11 +113,11 @@ def test_a_large_mean_does_not_cancel(isa: Isa) -> None:
     unet.load_state_dict(state)
     inputs = network_inputs(config, 2, 100)
     with torch.inference_mode():
-        single = unet(**inputs)
+        single = unet(**inputs.tensors())
         doubled = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
         exact = unet.double()(**doubled)
     backend = NativeBackend.from_weights(tiny_manifest(config), state, 2, isa)
-    error = (backend(**inputs) - exact).abs().max()
+    error = (call(backend, inputs) - exact).abs().max()
     assert error <= 2 * (single - exact).abs().max()
     assert error / exact.abs().max() < 1e-2
 
@@ -155,14 +147,14 @@ def test_calls_from_several_threads_and_engines() -> None:
     config = adm_unet(num_classes=3)
     inputs = network_inputs(config, 4, 100)
     engines = [open_network(config), open_network(config, threads=3)]
-    expected, wrong = engines[0](**inputs), []
+    expected, wrong = call(engines[0], inputs), []
 
-    def call(engine: NativeBackend, index: int) -> None:
+    def repeat(engine: NativeBackend, index: int) -> None:
         for _ in range(5):
-            if not torch.equal(engine(**one_image(inputs, index))[0], expected[index]):
+            if not torch.equal(call(engine, inputs.rows([index]))[0], expected[index]):
                 wrong.append(index)
 
-    threads = [threading.Thread(target=call, args=(engines[i % 2], i)) for i in range(4)]
+    threads = [threading.Thread(target=repeat, args=(engines[i % 2], i)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -173,20 +165,20 @@ def test_calls_from_several_threads_and_engines() -> None:
 def test_what_does_not_fit_the_network() -> None:
     config = adm_unet(num_classes=3)
     backend, inputs = open_network(config), network_inputs(config, 2, 100)
-    x, timestep, y = inputs["x_t"], inputs["timestep"], inputs["y"]
+    x, timestep, given = inputs.x_t, inputs.timestep, inputs.conditions
     with pytest.raises(BackendError, match=r"x_t is \[2, 2, .*expected \[B, 1, "):
-        backend(torch.cat([x, x], 1), timestep, y)
+        backend(torch.cat([x, x], 1), timestep, given)
     with pytest.raises(BackendError, match=r"x_t is .*float64; expected .* float32"):
-        backend(x.double(), timestep, y)
+        backend(x.double(), timestep, given)
     with pytest.raises(BackendError, match="x_t has 2 images and timestep 1"):
-        backend(x, timestep[:1], y)
+        backend(x, timestep[:1], given)
     with pytest.raises(BackendError, match=r"labels are \[3, 3\]; expected 0 to 2"):
-        backend(x, timestep, torch.full_like(y, 3))
+        backend(x, timestep, Conditions(torch.full_like(given.label, 3)))
     with pytest.raises(BackendError, match="expected .* float32"):
-        backend(x, timestep.double(), y)
+        backend(x, timestep.double(), given)
     backend.close()
     with pytest.raises(BackendError, match="closed"):
-        backend(x, timestep, y)
+        backend(x, timestep, given)
     with pytest.raises(BackendError, match="threads are 0; expected 1 to 1024"):
         open_network(config, threads=0)
 
@@ -230,10 +222,10 @@ def packed_file() -> Path:
 def test_weights_are_packed_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted((path.name, path.stat().st_mtime_ns) for path in bundle.path.iterdir())
     inputs = network_inputs(bundle.manifest.config, 2, 100)
-    first = NativeBackend.open(bundle)(**inputs)
+    first = call(NativeBackend.open(bundle), inputs)
     written = packed_file().stat().st_mtime_ns
     monkeypatch.setattr("engine.backends.native.native_backend._pack_bundle", lambda *_: pytest.fail("packed again"))
-    assert torch.equal(NativeBackend.open(bundle)(**inputs), first)
+    assert torch.equal(call(NativeBackend.open(bundle), inputs), first)
     assert packed_file().stat().st_mtime_ns == written
     assert before == sorted((path.name, path.stat().st_mtime_ns) for path in bundle.path.iterdir())
 
@@ -261,11 +253,11 @@ def test_damaged_packed_files_are_refused_and_made_again(
     bundle: Bundle, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
     inputs = network_inputs(bundle.manifest.config, 1, 100)
-    expected = NativeBackend.open(bundle)(**inputs)
+    expected = call(NativeBackend.open(bundle), inputs)
     whole = packed_file().read_bytes()
     DAMAGES[reason](packed_file())
     with caplog.at_level(logging.WARNING):
-        assert torch.equal(NativeBackend.open(bundle)(**inputs), expected)
+        assert torch.equal(call(NativeBackend.open(bundle), inputs), expected)
     assert reason in caplog.text
     assert packed_file().read_bytes() == whole
 
@@ -276,7 +268,7 @@ def test_a_cache_that_cannot_be_written(bundle: Bundle, caplog: pytest.LogCaptur
     folder.write_bytes(b"a file where the folder should be")
     inputs = network_inputs(bundle.manifest.config, 1, 100)
     with caplog.at_level(logging.WARNING):
-        assert NativeBackend.open(bundle)(**inputs).isfinite().all()
+        assert call(NativeBackend.open(bundle), inputs).isfinite().all()
     assert "not kept for the next time" in caplog.text
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from exported import network_inputs
+from exported import call, in_float64, network_inputs
 from helpers import adm_unet, random_network, tiny_manifest, write_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +26,7 @@ from engine.bundle.folder import Bundle, write_manifest
 from engine.bundle.manifest import INT8_NAME
 from engine.errors import BackendError, ExportError
 from engine.networks import config as c
+from engine.networks.inputs import Inputs
 from export.int8 import native_int8
 from export.int8.native_int8 import best_range, calibrate, choose_int8, int8_convolutions
 from export.verify import real_cases
@@ -44,8 +45,8 @@ def candidates_of(config: c.UNetConfig) -> tuple[str, ...]:
     return tuple(find_candidates(build_program(config)))
 
 
-def ranges_of(config: c.UNetConfig, inputs: dict[str, Tensor], seed: int = 0) -> dict[str, ByteRange]:
-    return calibrate(random_network(config, seed), candidates_of(config), [inputs])
+def ranges_of(config: c.UNetConfig, inputs: Inputs, seed: int = 0) -> dict[str, ByteRange]:
+    return calibrate(random_network(config, seed), candidates_of(config), [inputs.tensors()])
 
 
 NAMES = [name for name, config in (BLOCKS | ADM).items() if candidates_of(config)]
@@ -140,11 +141,11 @@ def assert_runs(config: c.UNetConfig, isa: Isa, seed: int = 0) -> None:
     inputs = network_inputs(config, 3, 100, seed)
     ranges, unet = ranges_of(config, inputs, seed), random_network(config, seed)
     with torch.inference_mode():
-        exact = unet(**inputs)
+        exact = unet(**inputs.tensors())
         with torch.autocast("cpu", torch.bfloat16):
-            half = unet(**inputs).float()
+            half = unet(**inputs.tensors()).float()
         with int8_convolutions(unet, ranges):
-            eighth = unet(**inputs)
+            eighth = unet(**inputs.tensors())
     limit = 2 * (rms(half - exact) + rms(eighth - exact)) + 2**-8 * rms(exact)
     assert rms(run_alone_and_together(config, isa, ranges, seed) - exact) <= limit
 
@@ -155,10 +156,10 @@ def run_alone_and_together(config: c.UNetConfig, isa: Isa, ranges: dict[str, Byt
     manifest = tiny_manifest(config)
     backend = NativeBackend.from_weights(manifest, state, 2, isa, ranges)
     assert backend.precision == "int8"
-    got = backend(**inputs)
+    got = call(backend, inputs)
     alone = NativeBackend.from_weights(manifest, state, 1, isa, ranges)
     for i in range(3):
-        assert torch.equal(alone(**{name: value[i : i + 1] for name, value in inputs.items()})[0], got[i])
+        assert torch.equal(call(alone, inputs.rows([i]))[0], got[i])
     backend.close()
     alone.close()
     return got
@@ -185,18 +186,18 @@ def test_networks_of_any_blocks(config: c.UNetConfig, seed: int, data: st.DataOb
 def test_a_program_with_bytes_is_the_network_with_8_bit_convolutions(name: str) -> None:
     """Both in float64, where rounding to a byte goes the same way."""
     config = BLOCKS[name]
-    inputs = {key: value.double() for key, value in network_inputs(config, 2, 100).items()}
+    inputs = in_float64(network_inputs(config, 2, 100))
     unet = random_network(config).double()
-    ranges = calibrate(unet, candidates_of(config), [inputs])
+    ranges = calibrate(unet, candidates_of(config), [inputs.tensors()])
     program = with_int8(build_program(config), ranges)
-    rows = torch.cat(unet.time(inputs["timestep"], None), dim=1)
+    rows = torch.cat(unet.time(inputs.timestep, None), dim=1)
     weights = program.gather(unet.state_dict())
-    got = run_program(program.words(), weights, inputs["x_t"], rows).output
+    got = run_program(program.words(), weights, inputs.x_t, rows).output
     stored = {key: ByteRange(float(np.float32(r.scale)), r.zero) for key, r in ranges.items()}
     with torch.no_grad(), int8_convolutions(unet, stored):
-        expected = unet(**inputs)
+        expected = unet(**inputs.tensors())
     assert float((got - expected).abs().max()) < 1e-6 * float(expected.abs().max())
-    assert float((unet(**inputs) - expected).abs().max()) > 1e-4 * float(expected.abs().max())
+    assert float((unet(**inputs.tensors()) - expected).abs().max()) > 1e-4 * float(expected.abs().max())
 
 
 def test_what_can_be_in_int8() -> None:
@@ -296,9 +297,9 @@ def test_the_choice_keeps_the_limit(chosen, monkeypatch: pytest.MonkeyPatch) -> 
         choice = choose_int8(unet, cases)
         assert {*choice.ranges, *choice.left} == set(candidates_of(CONFIG))
         with torch.no_grad():
-            exact = torch.cat([unet(**case.inputs()) for case in cases])
+            exact = torch.cat([unet(**case.tensors()) for case in cases])
             with int8_convolutions(unet, choice.ranges):
-                got = torch.cat([unet(**case.inputs()) for case in cases])
+                got = torch.cat([unet(**case.tensors()) for case in cases])
         assert rms(got - exact) <= limit * float(exact.std()) + 1e-6
         assert choice.measurement.rms == pytest.approx(rms(got - exact), abs=1e-6)
         counts[limit] = len(choice.ranges)
@@ -329,11 +330,11 @@ def test_a_bundle_opens_in_int8_where_asked(bundle: Bundle, chosen) -> None:
     assert (backend.name, backend.precision) == ("native", "int8")
     state = random_network(CONFIG).state_dict()
     isa = library.best_isa("int8")
-    expected = NativeBackend.from_weights(bundle.manifest, state, 2, isa, chosen.ranges)(**inputs)
-    assert torch.equal(backend(**inputs), expected)
-    assert torch.equal(open_backend(bundle, "native", "int8")(**inputs), expected)
+    expected = call(NativeBackend.from_weights(bundle.manifest, state, 2, isa, chosen.ranges), inputs)
+    assert torch.equal(call(backend, inputs), expected)
+    assert torch.equal(call(open_backend(bundle, "native", "int8"), inputs), expected)
     assert open_backend(bundle).precision == "bf16"
-    assert not torch.equal(open_backend(bundle, "native", "bf16")(**inputs), expected)
+    assert not torch.equal(call(open_backend(bundle, "native", "bf16"), inputs), expected)
 
 
 @needs_bf16

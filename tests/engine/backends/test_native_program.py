@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exported import network_inputs
+from exported import in_float64, network_inputs
 from helpers import adm_unet, random_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_cases import ADM, BLOCKS, EMPTY_LAYER, FAMILIES, between, network, networks, res
 from native_interpreter import read_operators, run_program
-from torch import Tensor
 
 from engine.backends.native.lowering import build_program
 from engine.backends.native.program import Code, Program
@@ -27,21 +26,20 @@ pytestmark = pytest.mark.filterwarnings(EMPTY_LAYER)
 FLOAT32_PARTS = 2e-6
 
 
-def inputs_in_float64(config: c.UNetConfig, batch: int, seed: int) -> dict[str, Tensor]:
-    inputs = network_inputs(config, batch, 100, seed)
-    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
-
-
 def assert_same(config: c.UNetConfig, seed: int = 0) -> None:
-    program, unet, inputs = build_program(config), random_network(config, seed), inputs_in_float64(config, 2, seed)
+    program, unet, inputs = (
+        build_program(config),
+        random_network(config, seed),
+        in_float64(network_inputs(config, 2, 100, seed)),
+    )
     weights = program.gather(unet.state_dict())
     unet = unet.double()
-    x, timestep = inputs["x_t"], inputs["timestep"]
-    projected = unet.time(timestep, inputs.get("y"))
+    x, timestep, image = inputs.x_t, inputs.timestep, inputs.conditions.image
+    projected = unet.time(timestep, inputs.conditions.label)
     rows = torch.cat(projected, dim=1) if projected else x.new_empty(len(x), 0)
-    if "cond" in inputs:
-        x = torch.cat([inputs["cond"], x] if config.cond_first else [x, inputs["cond"]], dim=1)
-    got, expected = run_program(program.words(), weights, x, rows).output, unet(**inputs)
+    if image is not None:
+        x = torch.cat([image, x] if config.cond_first else [x, image], dim=1)
+    got, expected = run_program(program.words(), weights, x, rows).output, unet(**inputs.tensors())
     if config.divides_by_timestep:
         expected = expected * timestep[:, None, None, None]
     assert got.shape == expected.shape

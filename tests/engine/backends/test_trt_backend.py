@@ -25,11 +25,12 @@ from engine.bundle.manifest import ClassifierEntry, PlanEntry
 from engine.device import CpuDevice, CudaDevice
 from engine.diffusion.guidance import ClassifierGuidance
 from engine.errors import BackendError
+from engine.networks.inputs import Conditions
 from engine.sampling.pool import SlotPool
 from engine.sampling.sampler import Sampler
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
-SHAPES = {"x_t": [-1, 1, 4, 4], "timestep": [-1], "y": [-1]}
+SHAPES = {"x_t": [-1, 1, 4, 4], "timestep": [-1], "label": [-1]}
 
 
 @pytest.fixture(autouse=True)
@@ -63,19 +64,19 @@ def networks() -> dict[str, Any]:
     unet, guide = Elementwise(LABELLED), CountingGuide()
 
     def gradient(b: Any) -> Any:
-        grad, log_p = guide(b["x_t"], b["timestep"], b["y"], b["scale"])
+        grad, log_p = guide(b["x_t"], b["timestep"], b["label"], b["scale"])
         return {"grad": grad, "log_p": log_p}
 
-    return {"unet": lambda b: {"out": unet(b["x_t"], b["timestep"], b["y"])}, "classifier": gradient}
+    return {"unet": lambda b: {"out": unet(b["x_t"], b["timestep"], Conditions(b["label"]))}, "classifier": gradient}
 
 
 def opened(bundle: Bundle, library: Library, device: Any, network: str = "unet") -> Plans:
     return find_plans(bundle, network, None, lambda _name: library, "sm89")
 
 
-def inputs(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(count: int, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor, Conditions]:
     x = torch.randn(count, 1, 4, 4, generator=torch.Generator().manual_seed(count))
-    return x, torch.arange(count).float(), torch.arange(count) % 10
+    return x, torch.arange(count).float() + offset, Conditions(torch.arange(count) % 10)
 
 
 BUCKETS = [(1, 1, 1), (2, 2, 2), (4, 4, 4), (8, 8, 8)]
@@ -95,7 +96,7 @@ def test_any_batch(tmp_path, profiles, count):
     backend(*inputs(count))
     assert len(device.allocated) == allocated
     first = got.clone()
-    backend(*(value + 1 for value in inputs(count)))
+    backend(*inputs(count, offset=1))
     assert torch.equal(got, first), "a result must not change with the next call"
     backend.close()
     with pytest.raises(BackendError, match="closed"):
@@ -190,7 +191,7 @@ def test_a_plan_of_another_type_is_refused(tmp_path, monkeypatch):
     bundle, library, device = make_bundle(tmp_path / "b", BUCKETS), fake_library(networks()), AlignedDevice()
     backend = TrtBackend(bundle, None, opened(bundle, library, device), device)
     buffers = {name: torch.zeros(2, *shape[1:]) for name, shape in (SHAPES | {"out": [-1, 2, 4, 4]}).items()}
-    with pytest.raises(BackendError, match=r"takes torch.int64 as y, not torch.float32; build it again with"):
+    with pytest.raises(BackendError, match=r"takes torch.int64 as label, not torch.float32; build it again with"):
         backend.bind(buffers)
     monkeypatch.setattr(trt_fakes.ICudaEngine, "get_tensor_dtype", lambda *_: trt_fakes.DataType.HALF)
     with pytest.raises(BackendError, match=r"unet\.\d\.rtx\.plan holds x_t as .*HALF; expected float32"):

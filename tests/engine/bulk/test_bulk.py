@@ -214,9 +214,9 @@ def test_a_resumed_shard_is_made_in_the_same_batches(tmp_path, sampler):
         name, precision, device = sampler.backend.name, sampler.backend.precision, sampler.backend.device
         manifest = sampler.backend.manifest
 
-        def __call__(self, x_t, timestep, y=None, cond=None):
+        def __call__(self, x_t, timestep, conditions):
             calls.append((tuple(x_t.shape), tuple(timestep.tolist()), x_t.numpy().tobytes()))
-            return sampler.backend(x_t, timestep, y, cond)
+            return sampler.backend(x_t, timestep, conditions)
 
         def close(self):
             pass

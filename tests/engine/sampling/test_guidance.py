@@ -19,6 +19,7 @@ from engine.diffusion.schedule import cosine_schedule
 from engine.diffusion.solvers import ddim_table, visited_timesteps
 from engine.errors import RequestError
 from engine.networks.config import LabelInput
+from engine.networks.inputs import UNCONDITIONED, Conditions
 from engine.sampling.requests import make_requests
 from engine.sampling.sampler import Request, Sampler, Slots
 
@@ -30,9 +31,10 @@ class Straight(Elementwise):
 
     scale = 1.0
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        assert y is not None
-        labelled, without = super().__call__(x_t, timestep, y), super().__call__(x_t, timestep, torch.full_like(y, 10))
+    def __call__(self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED) -> Tensor:
+        assert conditions.label is not None
+        null = Conditions(torch.full_like(conditions.label, 10))
+        labelled, without = super().__call__(x_t, timestep, conditions), super().__call__(x_t, timestep, null)
         out = labelled.clone()
         out[:, :1] = without[:, :1] + self.scale * (labelled[:, :1] - without[:, :1])
         return out
@@ -118,7 +120,7 @@ def test_a_real_network_beside_two_calls():
         start = x._x_t[:1].clone()
         x.step()
         with torch.inference_mode():
-            labelled, without = (network(start, t, torch.tensor([label]), None)[:, :1] for label in (y, 3))
+            labelled, without = (network(start, t, torch.tensor([label]))[:, :1] for label in (y, 3))
         eps = without + 2.5 * (labelled - without)
         expected = (table.A[0] * start + table.B[0] * eps).clamp(-1, 1)[0]
         # B of the last timestep is large: 1e-5 in eps is more in x0.
@@ -245,7 +247,7 @@ def test_plus_plus_goes_along_the_unlabelled_eps(prediction, eta):
         zip(schedule.alphas_cumprod[::-1], schedule.alphas_cumprod_prev[::-1], strict=True)
     ):
         time = torch.tensor([table.timestep[row]], dtype=torch.float32)
-        labelled, without = (backend(x.float(), time, torch.tensor([y])).double() for y in (3, NULL))
+        labelled, without = (backend(x.float(), time, Conditions(torch.tensor([y]))).double() for y in (3, NULL))
         guided = without + 0.6 * (labelled - without)
         x0, null_x0 = (_to_x0(prediction, x, out, abar).clamp(-1, 1) for out in (guided, without))
         eps = without if prediction is Prediction.EPS else (x - math.sqrt(abar) * null_x0) / math.sqrt(1 - abar)

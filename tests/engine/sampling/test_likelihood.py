@@ -13,6 +13,7 @@ from torch.distributions import Normal, kl_divergence
 from engine.diffusion.prediction import Diffusion, Prediction, Variance
 from engine.diffusion.schedule import cosine_schedule, linear_schedule
 from engine.networks.config import UNetConfig
+from engine.networks.inputs import UNCONDITIONED, Conditions
 from engine.sampling.likelihood import discretised_log_likelihood, gaussian_kl, variational_bound
 
 BINS = torch.linspace(-1, 1, 256, dtype=torch.float64)
@@ -53,7 +54,7 @@ class Oracle:
     def __init__(self, config: UNetConfig, diffusion: Diffusion, x0: Tensor) -> None:
         self.manifest, self._diffusion, self._x0 = tiny_manifest(config), diffusion, x0
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+    def __call__(self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED) -> Tensor:
         abar = float(self._diffusion.schedule.alphas_cumprod[round(timestep[0].item())])
         if self._diffusion.prediction is Prediction.X0:
             return self._x0

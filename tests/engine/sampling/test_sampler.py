@@ -27,6 +27,7 @@ from engine.diffusion.solvers import StepTable
 from engine.errors import BackendError, RequestError
 from engine.networks.classifier import AutogradGuide
 from engine.networks.config import UNetConfig
+from engine.networks.inputs import Conditions
 from engine.sampling.sampler import Request, Sampler, Slots
 
 
@@ -100,7 +101,11 @@ def ddim_by_hand(backend: Elementwise, seed: int, steps: int, eta: float, y: int
     for k, t in enumerate(reversed(range(steps))):
         a, previous = abar[t], abar[t - 1] if t else 1.0
         time = torch.tensor([float(space_timesteps(100, steps)[t])])
-        eps = backend(torch.tensor(x[None], dtype=torch.float32), time, torch.tensor([y]))[0, :1].double().numpy()
+        eps = (
+            backend(torch.tensor(x[None], dtype=torch.float32), time, Conditions(torch.tensor([y])))[0, :1]
+            .double()
+            .numpy()
+        )
         x0 = np.clip((x - math.sqrt(1 - a) * eps) / math.sqrt(a), -1, 1)
         eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
         sigma = eta * math.sqrt((1 - previous) / (1 - a) * (1 - a / previous))

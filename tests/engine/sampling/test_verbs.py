@@ -19,6 +19,7 @@ from engine.diffusion.prediction import Diffusion, Variance
 from engine.diffusion.schedule import cosine_schedule, linear_schedule, space_timesteps
 from engine.errors import RequestError
 from engine.networks.config import UNetConfig
+from engine.networks.inputs import UNCONDITIONED, Conditions
 from engine.sampling.likelihood import variational_bound
 from engine.sampling.options import great_circle
 from engine.sampling.sampler import Request, Sampler, Slots
@@ -38,7 +39,7 @@ class Gaussian(Elementwise):
         of = Diffusion(linear_schedule(1000), variance=Variance.FIXED_SMALL, clip=None)
         self.manifest = dataclasses.replace(tiny_manifest(config), diffusion=of)
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+    def __call__(self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED) -> Tensor:
         abar = self.manifest.diffusion.schedule.alphas_cumprod
         lines = [ideal_eps(float(abar[round(t)]), 0.1, 0.3) for t in timestep.tolist()]
         slope, offset = (torch.tensor(v, dtype=torch.float32)[:, None, None, None] for v in zip(*lines, strict=True))
