@@ -241,7 +241,7 @@ def _guide_precision(name: str, precision: str | None, bundle: Bundle) -> str:
 
 def _native_guide_reason(bundle: Bundle) -> str | None:
     """Why the CPU engine cannot run a bundle's classifier, or None."""
-    from engine.backends.native.transpose import unsupported
+    from engine.backends.native.native_guide import unsupported
 
     assert bundle.manifest.classifier is not None
     if not bundle.has(CLASSIFIER_WEIGHTS_NAME):

@@ -1,4 +1,4 @@
-"""Each block of a U-Net as operators of the CPU engine.
+"""Each block of a U-Net or classifier as operators of the CPU engine.
 
 What engine.networks.unet.run_blocks keeps as tensors are operands here: concatenating two maps only names both, and a
 copy is made where an operator takes one map, or where there would be a third. Biases, time projections, residuals, 1x1
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from engine.backends.native.program import NONE, Builder, Code, Maps, MapShape, Mode, Operator, Program, Resampling
 from engine.errors import BackendError
 from engine.networks import config as c
-from engine.networks.config import UNetConfig, size_after
+from engine.networks.config import ClassifierConfig, UNetConfig, size_after
 
 MOST_KERNEL = 7
 
@@ -24,11 +24,17 @@ _ACTIVATIONS = {
     c.Activation.MISH: 3,
     c.Activation.GELU: 4,
 }
+_LABEL_AND_FACTOR = 2
 _DOUBLES = (Resampling.NEAREST_UP, Resampling.FIR_UP)
 
 
-def build_program(config: UNetConfig) -> Program:
-    """The program of a network; raises BackendError for a block that the engine does not have."""
+def build_program(config: UNetConfig | ClassifierConfig) -> Program:
+    """The program of a network; raises BackendError for a block that the engine does not have.
+
+    A classifier's rows have two columns more, label and factor. It gives log p(label), and as its output the gradient
+    of factor * log p(label) at the tokens that its last layer reads: engine.backends.native.transpose takes it on from
+    there to the image.
+    """
     lowering = _Lowering(config)
     for index, block in enumerate(config.blocks):
         lowering.lower(f"blocks.{index}", block)
@@ -73,9 +79,9 @@ _ALONE, _THREE, _ONE = _Then(), _Kernel(), _Kernel(1)
 class _Lowering:
     """The state of engine.networks.unet.run_blocks, with operands for tensors."""
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: UNetConfig | ClassifierConfig) -> None:
         self._config, self._net, self._row = config, Builder(), 0
-        self._channels = config.in_channels + config.cond_channels
+        self._channels = config.in_channels + (config.cond_channels if isinstance(config, UNetConfig) else 0)
         first = self._net.new_map(self._channels, *config.image_size)
         self._net.emit(Operator(Code.INPUT, first))
         self._h: Maps = (first,)
@@ -84,6 +90,7 @@ class _Lowering:
 
     def build(self) -> Program:
         width = sum(self._config.projection_channels)
+        width += _LABEL_AND_FACTOR if isinstance(self._config, ClassifierConfig) else 0
         return self._net.build(self._channels, width, self._net.join(self._h))
 
     def lower(self, name: str, block: c.Block) -> None:
@@ -121,6 +128,10 @@ class _Lowering:
                 self._h = self._normalise(f"{name}.norm", h, norm)
             case c.Pad():
                 self._h = tuple(self._resample_map(Resampling.PAD, m, pad=block.pixels) for m in h)
+            case c.AttentionPool() if isinstance(self._config, ClassifierConfig):
+                self._h = _pool_by_attention(self, name, block)
+            case c.AveragePool() if isinstance(self._config, ClassifierConfig):
+                self._h = _classify(self, f"{name}.linear", _make_tokens(self), block.out_features)
             case _:
                 raise BackendError(f"the native engine has no {type(block).__name__}; choose another backend")
 
@@ -327,3 +338,38 @@ def _value_factor(block: c.Attention | c.LinearAttention, shape: MapShape) -> fl
     if isinstance(block, c.Attention):
         return 0.0
     return 1.0 / (shape.height * shape.width) if block.divides_values else 1.0
+
+
+def _make_tokens(lowering: _Lowering, position: int = NONE) -> int:
+    """The pixels so far as tokens with their mean in front; position: the weight that is added to them."""
+    net = lowering._net
+    src = net.join(lowering._h)
+    shape = net.shape((src,))
+    tokens = net.new_map(shape.channels, 1, shape.height * shape.width + 1)
+    net.emit(Operator(Code.TOKENS, tokens, (src,), weight=position))
+    return tokens
+
+
+def _pool_by_attention(lowering: _Lowering, name: str, block: c.AttentionPool) -> Maps:
+    net, inner = lowering._net, block.heads * block.head_dim
+    tokens = _make_tokens(lowering, net.weight(f"{name}.position", block.channels, block.tokens + 1))
+    qkv = lowering._conv(f"{name}.qkv", (tokens,), 3 * inner, _ONE)
+    mixed = net.new_map(inner, 1, block.tokens + 1)
+    net.emit(Operator(Code.ATTENTION, mixed, (qkv,), heads=block.heads, dim=block.head_dim, scale=0.0))
+    return _classify(lowering, f"{name}.out", mixed, block.out_features)
+
+
+def _classify(lowering: _Lowering, name: str, tokens: int, classes: int) -> Maps:
+    """Logits of the first token, log p of the rows' label, and the gradient at the tokens."""
+    net, channels = lowering._net, lowering._net.shape((tokens,)).channels
+    operator = Operator(
+        Code.CLASSIFY,
+        net.like(tokens),
+        (tokens,),
+        weight=net.weight(f"{name}.weight", classes, channels),
+        bias=net.weight(f"{name}.bias", classes),
+        row=sum(lowering._config.projection_channels),
+        groups=classes,
+    )
+    net.emit(operator)
+    return (operator.dst,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -27,8 +27,6 @@ from engine.networks.inputs import UNCONDITIONED, Conditions, Inputs
 from kernels.native.library import Engine, Isa, NativeError, Network, best_isa
 
 _CPUS = Path("/sys/devices/system/cpu")
-
-Prepare = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
 
 class NativeBackend:
@@ -173,21 +171,21 @@ def pack_weights(program: Program, network: Network, state: Mapping[str, Tensor]
     return Content({name: value.float() for name, value in time.items()}, network.pack(program.gather(state)))
 
 
-def load_weights(bundle: Bundle, name: str, program: Program, network: Network, prepare: Prepare = dict) -> Content:
+def load_weights(bundle: Bundle, name: str, program: Program, network: Network) -> Content:
     """What an engine needs of the bundle's file `name`: from the user's cache folder, or packed and kept there.
 
-    prepare: makes what the program takes of the file's state dict. Raises BackendError or BundleError.
+    Raises BackendError or BundleError.
     """
     entry = bundle.manifest.files.get(name)
     digest = hashlib.sha256(program.words().tobytes()).hexdigest()
     key = Key(entry.sha256 if entry else "", digest, network.isa.name.lower(), FORMAT)
-    return load_or_pack(key, network.packed_bytes, lambda: _pack_bundle(bundle, name, program, network, prepare))
+    return load_or_pack(key, network.packed_bytes, lambda: _pack_bundle(bundle, name, program, network))
 
 
-def _pack_bundle(bundle: Bundle, name: str, program: Program, network: Network, prepare: Prepare) -> Content:
+def _pack_bundle(bundle: Bundle, name: str, program: Program, network: Network) -> Content:
     from safetensors.torch import load_file
 
-    return pack_weights(program, network, prepare(load_file(bundle.file(name))))
+    return pack_weights(program, network, load_file(bundle.file(name)))
 
 
 def _join(config: UNetConfig, x_t: Tensor, image: Tensor | None) -> Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from engine.backends.native.lowering import build_program
 from engine.backends.native.native_backend import (
     NativeBackend,
     check_image,
@@ -18,14 +18,32 @@ from engine.backends.native.native_backend import (
     pack_weights,
     told,
 )
+from engine.backends.native.program import Program
 from engine.backends.native.time_rows import TimeRows
-from engine.backends.native.transpose import build_gradient, gradient_weights
+from engine.backends.native.transpose import transpose
 from engine.backends.native.weight_cache import Content
 from engine.bundle.folder import Bundle
 from engine.bundle.manifest import CLASSIFIER_WEIGHTS_NAME
 from engine.errors import BackendError
 from engine.networks.config import ClassifierConfig
 from kernels.native.library import Engine, Isa, NativeError, Network
+
+
+def build_gradient(config: ClassifierConfig) -> Program:
+    """x_t -> d (factor * log p(label)) / d x_t, and log p(label). Columns of the rows: time projections, label, factor.
+
+    Raises BackendError for a block that the engine does not have, or has no gradient of.
+    """
+    return transpose(build_program(config))
+
+
+def unsupported(config: ClassifierConfig) -> str | None:
+    """Why the engine has no gradient of this classifier, or None."""
+    try:
+        build_gradient(config)
+    except BackendError as error:
+        return str(error)
+    return None
 
 
 class NativeGuide:
@@ -63,8 +81,7 @@ class NativeGuide:
         config = bundle.manifest.classifier.config
         program = build_gradient(config)
         network = make_network(program, find_isa(precision))
-        prepare = partial(gradient_weights, program)
-        content = load_weights(bundle, CLASSIFIER_WEIGHTS_NAME, program, network, prepare)
+        content = load_weights(bundle, CLASSIFIER_WEIGHTS_NAME, program, network)
         return cls(config, network, content, threads if beside is None else beside.engine)
 
     @classmethod
@@ -82,7 +99,7 @@ class NativeGuide:
         """
         program = build_gradient(config)
         network = make_network(program, find_isa("fp32") if isa is None else isa)
-        return cls(config, network, pack_weights(program, network, gradient_weights(program, state)), threads)
+        return cls(config, network, pack_weights(program, network, state), threads)
 
     @property
     def config(self) -> ClassifierConfig:

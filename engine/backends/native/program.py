@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum, IntEnum
 from math import prod
 
 import numpy as np
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -124,20 +125,65 @@ def _two(maps: Maps) -> tuple[int, int]:
     return first, second
 
 
+class Form(Enum):
+    """What a program has of a tensor [Cout, Cin, k, k] of the state dict.
+
+    AS_IS: the tensor itself. TURNED: [Cin, Cout, k, k], each kernel turned by half a turn: with it a convolution of
+    stride 1 is that one's transpose. WIDENED: [Cout, Cin, k + 1, k + 1], zeros in the last row and column.
+    """
+
+    AS_IS = "as is"
+    TURNED = "turned"
+    WIDENED = "widened"
+
+
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor of engine.networks.unet.UNet's state dict and the index of its first float."""
+    """A tensor of a network's state dict, [*shape] in the form that the program has it in, and the index of its first
+    float. A linear layer's [out, in] is the kernel [out, in, 1, 1] of a convolution.
+    """
 
     name: str
     shape: tuple[int, ...]
     place: int
+    form: Form = Form.AS_IS
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the tensor in the state dict."""
+        match self.form:
+            case Form.AS_IS:
+                return self.shape
+            case Form.TURNED:
+                return (self.shape[1], self.shape[0], *self.shape[2:])
+            case Form.WIDENED:
+                return (*self.shape[:2], *(pixels - 1 for pixels in self.shape[2:]))
+
+    def take(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The weight [*shape] out of a state dict; raises BackendError for a tensor that does not fit."""
+        found, wanted = state.get(self.name), self.stored_shape
+        tensor = found[:, :, None, None] if found is not None and found.ndim == 2 and len(wanted) == 4 else found
+        if tensor is None or tuple(tensor.shape) != wanted:
+            got = "nothing" if found is None else tuple(found.shape)
+            raise BackendError(
+                f"{self.name} needs shape {wanted}, got {got}; "
+                "build the bundle again with: python -m export.to_trt CHECKPOINT"
+            )
+        match self.form:
+            case Form.AS_IS:
+                return tensor
+            case Form.TURNED:
+                return tensor.flip(2, 3).transpose(0, 1)
+            case Form.WIDENED:
+                return F.pad(tensor, (0, 1, 0, 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What a UNetConfig asks of the engine; the values of the weights are no part of it.
+    """What a network's config asks of the engine; the values of the weights are no part of it.
 
-    row_width: columns of the stacked time projections, in the order of engine.networks.unet.TimeEmbedding.
+    row_width: columns of the rows: the stacked time projections, in the order of engine.networks.unet.TimeEmbedding,
+    and behind them a classifier's label and factor.
     """
 
     in_channels: int
@@ -162,13 +208,7 @@ class Program:
         """The weights [weight_count] float32 out of a state dict; raises BackendError for one that does not fit."""
         gathered = np.empty(self.weight_count, np.float32)
         for weight in self.weights:
-            tensor = state.get(weight.name)
-            if tensor is None or tuple(tensor.shape) != weight.shape:
-                got = "nothing" if tensor is None else tuple(tensor.shape)
-                raise BackendError(
-                    f"{weight.name} needs shape {weight.shape}, got {got}; "
-                    "build the bundle again with: python -m export.to_trt CHECKPOINT"
-                )
+            tensor = weight.take(state)
             gathered[weight.place : weight.place + tensor.numel()] = tensor.detach().reshape(-1).float().numpy()
         return gathered
 
@@ -179,9 +219,18 @@ class Builder:
     def __init__(self) -> None:
         self._maps: list[MapShape] = []
         self._operators: list[Operator] = []
-        self._weights: dict[str, Weight] = {}
+        self._weights: dict[tuple[str, Form], Weight] = {}
         self._floats = 0
         self._joined: dict[Maps, int] = {}
+
+    @classmethod
+    def beside(cls, program: Program) -> Builder:
+        """With the maps and the weights of a program, and none of its operators."""
+        builder = cls()
+        builder._maps = list(program.maps)
+        builder._weights = {(weight.name, weight.form): weight for weight in program.weights}
+        builder._floats = program.weight_count
+        return builder
 
     def new_map(self, channels: int, height: int, width: int) -> int:
         self._maps.append(MapShape(channels, height, width))
@@ -192,12 +241,21 @@ class Builder:
         first = self._maps[maps[0]]
         return MapShape(sum(self._maps[m].channels for m in maps), first.height, first.width)
 
-    def weight(self, name: str, *shape: int) -> int:
-        """The place of a tensor, which is there once however often it is asked for."""
-        if name not in self._weights:
-            self._weights[name] = Weight(name, shape, self._floats)
+    def like(self, given: int) -> int:
+        """A new map of the shape of another."""
+        shape = self._maps[given]
+        return self.new_map(shape.channels, shape.height, shape.width)
+
+    def weight(self, name: str, *shape: int, form: Form = Form.AS_IS) -> int:
+        """The place of a tensor, which is there once in each form however often it is asked for."""
+        if (name, form) not in self._weights:
+            self._weights[name, form] = Weight(name, shape, self._floats, form)
             self._floats += prod(shape)
-        return self._weights[name].place
+        return self._weights[name, form].place
+
+    def name_at(self, place: int) -> str:
+        """The name of the tensor at a place."""
+        return next(weight.name for weight in self._weights.values() if weight.place == place)
 
     def emit(self, operator: Operator) -> None:
         self._operators.append(operator)

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.backends.native import weight_cache as native_cache
+from engine.backends.native.lowering import build_program
 from engine.backends.native.native_backend import NativeBackend
-from engine.backends.native.native_guide import NativeGuide
-from engine.backends.native.transpose import build_gradient, gradient_weights, unsupported
+from engine.backends.native.native_guide import NativeGuide, build_gradient, unsupported
+from engine.backends.native.program import Form
 from engine.backends.registry import open_guide
 from engine.bundle.folder import Bundle, write_manifest
 from engine.bundle.manifest import CLASSIFIER_WEIGHTS_NAME, ClassifierEntry
@@ -25,7 +26,7 @@ from engine.errors import BackendError
 from engine.networks import config as c
 from engine.networks.classifier import AutogradGuide, Classifier
 from kernels.native import library
-from kernels.native.library import Isa
+from kernels.native.library import Engine, Isa, Network
 from recipes.classifier_net import digits_classifier
 
 needs_library = pytest.mark.skipif(
@@ -52,6 +53,12 @@ def relu(config: c.ClassifierConfig) -> c.ClassifierConfig:
     return replace(config, blocks=tuple(blocks))
 
 
+def with_block(*blocks: c.Block) -> c.ClassifierConfig:
+    """Behind the first convolution, on maps of 32 channels."""
+    config = adm_classifier()
+    return replace(config, blocks=(config.blocks[0], *blocks, *config.blocks[1:]))
+
+
 CLASSIFIERS: dict[str, c.ClassifierConfig] = {
     "plain": adm_classifier(),
     "added": adm_classifier(scale_shift=False, conv_resample=False),
@@ -61,6 +68,11 @@ CLASSIFIERS: dict[str, c.ClassifierConfig] = {
     "odd widths": adm_classifier(width=96, head_dim=24, attention=(0, 1)),
     "four pixels": adm_classifier(size=(4, 4), num_classes=1000),
     "relu": relu(adm_classifier(mult=(1, 1))),
+    "convolution first": with_block(
+        c.ResBlock(32, 48, True, groups=16, conv_first=True), c.ResBlock(48, 32, True, groups=16)
+    ),
+    "residual of the norm": with_block(c.Attention(32, 2, 16, adds_to_norm=True)),
+    "large kernel": with_block(c.Conv(32, 32, 7)),
     "digits": digits_classifier(),
 }
 
@@ -91,7 +103,7 @@ def test_the_program_is_the_gradient(name: str) -> None:
     log_p = network(x, timestep.double()).log_softmax(1)[range(3), y]
     (wanted,) = torch.autograd.grad((log_p * scale).sum(), x)
     rows = torch.cat([*network.time(timestep.double(), None), y[:, None], scale[:, None]], dim=1)
-    weights = program.gather(gradient_weights(program, network.state_dict()))
+    weights = program.gather(network.state_dict())
     run = run_program(program.words(), weights, x_t.double(), rows)
     assert run.output is not None
     assert run.log_p is not None
@@ -161,21 +173,61 @@ def test_inputs_that_do_not_fit() -> None:
 
 def test_classifiers_without_a_gradient() -> None:
     config = adm_classifier(attention_pool=False)
-    first, *rest = config.blocks
+    first, *rest, pool = config.blocks
+    narrow_pool = c.AveragePool(32, 10)
 
     def reason(*blocks: c.Block, size: tuple[int, int] = (8, 8)) -> str:
-        return str(unsupported(replace(config, blocks=blocks, image_size=size)))
+        found = unsupported(replace(config, blocks=blocks, image_size=size))
+        assert found is not None
+        assert found.startswith("the native engine has no gradient of ")
+        return found.removeprefix("the native engine has no gradient of ")
 
     assert unsupported(config) is None
-    assert reason(first, c.Upsample(32, True), *rest) == "the native engine has no gradient of Upsample"
-    assert "pooling at its end" in reason(c.Conv(1, 10))
-    assert "no gradient of an average of 7x8 pixels" in reason(first, c.Downsample(32, False), *rest, size=(7, 8))
-    assert "blocks.1's layer norm" in reason(first, c.NormSiLU(32, norm=c.Norm.LAYER), *rest)
-    assert "blocks.1's gelu" in reason(first, c.NormSiLU(32, activation=c.Activation.GELU), *rest)
-    assert "a ResBlock of another family" in reason(first, c.ResBlock(32, 32, True, output_scale=0.5), *rest)
-    assert "an attention of another family" in reason(first, c.Attention(32, 1, 32, memory=4), *rest)
-    assert "a strided convolution of another family" in reason(first, c.Downsample(32, True, 4), *rest)
-    assert "has a kernel of 4" in reason(c.Conv(1, 32, 4), *rest)
+    assert reason(c.Conv(1, 10)) == "a classifier without pooling at its end"
+    assert reason(first, c.Downsample(32, False), narrow_pool, size=(7, 8)) == "an average of 7x8 pixels"
+    assert reason(first, c.Upsample(32, False), *rest, pool) == "its resampling nearest_up"
+    assert reason(first, c.LinearAttention(32, 1, 32), *rest, pool) == "its operator linear_attention"
+    assert "only of group norm" in reason(first, c.NormSiLU(32, norm=c.Norm.LAYER), *rest, pool)
+    assert "blocks.1.norm: only" in reason(first, c.NormSiLU(32, activation=c.Activation.GELU), *rest, pool)
+    scaled = reason(first, c.ResBlock(32, 32, True, output_scale=0.5), *rest, pool)
+    assert scaled == "blocks.1.conv2, whose result is multiplied by 0.5"
+    joined = reason(first, c.Push(), c.Conv(32, 32), c.Pop(), c.ResBlock(64, 32, True), *rest, pool)
+    assert joined == "blocks.4.shortcut, which reads two maps at once"
+    for attention in (c.Attention(32, 1, 32, memory=4), c.Attention(32, 1, 32, cosine_scale=8.0)):
+        assert reason(first, attention, *rest, pool) == "attention with learned tokens or cosine scores"
+    assert reason(first, c.Upsample(32, True), *rest, pool).startswith(
+        "blocks.1.conv, a convolution of 3x3 pixels, mode upsampled"
+    )
+    assert "blocks.1, a convolution of 4x4 pixels, mode transposed" in reason(first, c.TransposedConv(32), *rest, pool)
+    assert "4x4 pixels, mode plain, stride 2 and padding 1 of" in reason(first, c.Downsample(32, True, 4), *rest, pool)
+    assert "3x3 pixels, mode plain, stride 2" in reason(first, c.Downsample(32, True), narrow_pool, size=(7, 8))
+    assert "padding 0 of" in reason(first, c.Downsample(32, True, pads_end=True), *rest, pool)
+    assert "blocks.0, a convolution of 4x4 pixels, mode plain, stride 1" in reason(c.Conv(1, 64, 4), pool)
+
+
+def test_what_the_engine_does_not_have_has_no_gradient_either() -> None:
+    config = adm_classifier(attention_pool=False)
+    reason = unsupported(replace(config, blocks=(c.Conv(1, 64, 9), config.blocks[-1])))
+    assert reason == "blocks.0 has a kernel of 9; the native engine has 1 to 7"
+
+
+@needs_library
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_the_forward_program_alone_gives_log_p(name: str) -> None:
+    """What is transposed is a program too, with a classifier's log p and the weights of its state dict, each once."""
+    config = CLASSIFIERS[name]
+    network, program = make(config), build_program(config)
+    state = network.state_dict()
+    assert {weight.form for weight in program.weights} == {Form.AS_IS}
+    assert sorted(weight.name for weight in program.weights) == sorted(k for k in state if not k.startswith("time."))
+    x_t, timestep, y, scale = make_inputs(config, 3)
+    library_network = Network(program.words(), library.best_isa("fp32"))
+    engine = Engine(library_network, library_network.pack(program.gather(state)), 1)
+    rows = torch.cat([*network.time(timestep, None), y[:, None], scale[:, None]], dim=1)
+    _, log_p = engine.classify(x_t.numpy(), rows.numpy())
+    wanted = AutogradGuide(network)(x_t, timestep, y, scale)[1]
+    assert float((torch.from_numpy(log_p) - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    engine.close()
 
 
 @pytest.fixture
