@@ -13,9 +13,8 @@ import functools
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from engine.bundle.manifest import INT8_NAME, Measurement
 from engine.errors import ExportError
 from engine.networks.inputs import Inputs, join_inputs
 from engine.networks.unet import UNet
+from export.int8.calibration import best_scale, watch_inputs
 from export.verify import Difference
 from kernels import reference as ops
 
@@ -34,14 +34,6 @@ logger = logging.getLogger(__name__)
 
 NETWORK_LIMIT = 0.018
 """Largest rms error of the network's output relative to its standard deviation; with bf16's 0.005 to 0.008, 2 %."""
-
-CLIPS = tuple(1 - 0.05 * i for i in range(13))
-"""Shares of the largest value that calibration tries as the end of the range."""
-
-SAMPLES = 1 << 14
-"""Values of each call that calibration keeps of a tensor."""
-
-SMALLEST = 2.0**-24
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +43,6 @@ class Int8Choice:
     ranges: dict[str, ByteRange]
     left: tuple[str, ...]
     measurement: Measurement
-
-
-@dataclass(slots=True)
-class _Seen:
-    """Values of one convolution's input."""
-
-    low: float = 0.0
-    high: float = 0.0
-    samples: list[Tensor] = field(default_factory=list)
-
-    def add(self, x: Tensor) -> None:
-        values = x.flatten()
-        self.low = min(self.low, float(values.min()))
-        self.high = max(self.high, float(values.max()))
-        self.samples.append(values[:: max(1, len(values) // SAMPLES)].clone())
 
 
 def choose_int8(unet: UNet, cases: Sequence[Inputs]) -> Int8Choice:
@@ -134,18 +111,9 @@ def count_products(program: Program) -> dict[str, int]:
 
 
 def calibrate(unet: UNet, names: Sequence[str], calls: Sequence[Mapping[str, Tensor]]) -> dict[str, ByteRange]:
-    """The range of each convolution's input over all calls."""
-    seen = {name: _Seen() for name in names}
-    with ExitStack() as hooks, torch.no_grad():
-        for name in names:
-
-            def keep(_module: Any, given: Any, name: str = name) -> None:
-                seen[name].add(given[0])
-
-            hooks.callback(unet.get_submodule(name).register_forward_pre_hook(keep).remove)
-        for call in calls:
-            unet(**call)
-    return {name: best_range(torch.cat(values.samples), values.low, values.high) for name, values in seen.items()}
+    """The range of each convolution's input over all calls, which are the network's inputs by name."""
+    seen = watch_inputs(unet, names, calls)
+    return {name: best_range(found.values, found.low, found.high) for name, found in seen.items()}
 
 
 def best_range(values: Tensor, low: float, high: float) -> ByteRange:
@@ -153,11 +121,15 @@ def best_range(values: Tensor, low: float, high: float) -> ByteRange:
 
     What it leaves out are the largest values: an activation's smallest are many.
     """
-    candidates = []
-    for clip in CLIPS:
-        scale = max((high - low) * clip / LARGEST_BYTE, SMALLEST)
-        candidates.append(ByteRange(scale, min(LARGEST_BYTE, max(0, round(-low / scale)))))
-    return min(candidates, key=lambda r: float((ops.bytes_of(values, r.scale, r.zero) - values).square().sum()))
+
+    def find_zero(scale: float) -> int:
+        return min(LARGEST_BYTE, max(0, round(-low / scale)))
+
+    def restore(given: Tensor, scale: float) -> Tensor:
+        return ops.bytes_of(given, scale, find_zero(scale))
+
+    scale = best_scale(values, high - low, LARGEST_BYTE, restore)
+    return ByteRange(scale, find_zero(scale))
 
 
 @contextmanager

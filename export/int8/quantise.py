@@ -9,28 +9,19 @@ with the least squared error over states from first to last timestep, as the ran
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from engine.errors import ExportError, MissingPackageError
 from engine.networks.layers import ResBlock
 from engine.networks.unet import UNet
+from export.int8.calibration import SMALLEST, best_scale, watch_inputs
 from export.onnx.onnx_file import EXTERNAL_DATA_BYTES
 
 LEVELS = 127
-SMALLEST = 2.0**-24
-"""float16's smallest number: scales are float16."""
-
-CLIPS = tuple(1 - 0.05 * i for i in range(15))
-"""Shares of the largest magnitude that calibration tries as the end of the range."""
-
-SAMPLES = 1 << 14
-"""Values of each call that calibration keeps of a tensor."""
 
 
 def quantise(path: Path, unet: UNet, calls: Sequence[Mapping[str, Tensor]]) -> tuple[str, ...]:
@@ -66,29 +57,15 @@ def quantise(path: Path, unet: UNet, calls: Sequence[Mapping[str, Tensor]]) -> t
 
 def calibrate(unet: UNet, calls: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     """The input scale of each convolution, by its name such as "blocks.3.conv1"."""
-    samples: dict[str, list[Tensor]] = {}
-    largest: dict[str, float] = {}
-    with ExitStack() as hooks, torch.no_grad():
-        for name, block in unet.named_modules():
-            if isinstance(block, ResBlock):
-                for part in ("conv1", "conv2"):
-
-                    def keep(_module: Any, given: Any, name: str = f"{name}.{part}") -> None:
-                        values = given[0].abs().flatten()
-                        largest[name] = max(largest.get(name, 0.0), float(values.max()))
-                        samples.setdefault(name, []).append(values[:: max(1, len(values) // SAMPLES)].clone())
-
-                    hooks.callback(getattr(block, part).register_forward_pre_hook(keep).remove)
-        for inputs in calls:
-            unet(**inputs)
-    return {name: best_scale(torch.cat(values), largest[name]) for name, values in samples.items()}
+    blocks = [name for name, block in unet.named_modules() if isinstance(block, ResBlock)]
+    seen = watch_inputs(unet, [f"{name}.{part}" for name in blocks for part in ("conv1", "conv2")], calls)
+    return {name: best_symmetric(found.values, max(-found.low, found.high)) for name, found in seen.items()}
 
 
-def best_scale(magnitudes: Tensor, largest: float) -> float:
-    """The scale of least squared error for these magnitudes [N], of which the tensor's largest is `largest`."""
-    scales = [max(largest * clip / LEVELS, SMALLEST) for clip in CLIPS]
-    return min(
-        scales, key=lambda s: float(((magnitudes / s).round().clamp(max=LEVELS) * s - magnitudes).square().sum())
+def best_symmetric(values: Tensor, largest: float) -> float:
+    """The scale of least squared error for these values [N], of which the tensor's largest magnitude is `largest`."""
+    return best_scale(
+        values, largest, LEVELS, lambda given, scale: (given / scale).round().clamp(-LEVELS, LEVELS) * scale
     )
 
 

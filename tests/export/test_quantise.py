@@ -10,7 +10,7 @@ from engine.backends.ort.ort_backend import open_session, run_session
 from engine.errors import ExportError
 from engine.networks.blocks import ResBlock
 from engine.networks.unet import UNet
-from export.int8.quantise import LEVELS, best_scale, calibrate, channel_scales, quantise
+from export.int8.quantise import LEVELS, best_symmetric, calibrate, channel_scales, quantise
 from export.precision import Precision, typed_unet
 from export.to_onnx import export_onnx
 
@@ -86,10 +86,10 @@ def test_the_error_is_that_of_eight_bits(int8, fp16, unet):
 
 def test_best_scale_is_the_better_of_clipping_and_rounding():
     even = torch.linspace(0, 1, 5000)
-    assert best_scale(even, 1.0) == pytest.approx(1 / LEVELS)
+    assert best_symmetric(even, 1.0) == pytest.approx(1 / LEVELS)
     with_outlier = torch.cat([even.repeat(20), torch.tensor([1.7])])
-    assert best_scale(with_outlier, 1.7) < 1.3 / LEVELS
-    assert np.float16(best_scale(torch.zeros(10), 0.0)) > 0
+    assert best_symmetric(with_outlier, 1.7) < 1.3 / LEVELS
+    assert np.float16(best_symmetric(torch.zeros(10), 0.0)) > 0
 
 
 def test_channel_scales_reach_the_largest_weight_and_are_never_zero():
