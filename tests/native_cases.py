@@ -329,10 +329,13 @@ class Draw:
 
 def instruction_sets() -> tuple[Isa, ...]:
     """Of the library and this machine; none without a library."""
-    try:
-        return library.instruction_sets()
-    except NativeError:
-        return ()
+    best: dict[str, Isa] = {}
+    for precision in ("fp32", "bf16"):
+        try:
+            best[precision] = library.best_isa(precision)
+        except NativeError:
+            continue
+    return tuple(isa for isa in Isa if isa.precision in best and isa <= best[isa.precision])
 
 
 def rms(x: Tensor) -> float:

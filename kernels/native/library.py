@@ -44,7 +44,6 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         ctypes.c_int,
         [_POINTER, ctypes.c_int, _POINTER, _POINTER, _POINTER, _POINTER, _BYTES],
     ),
-    "unetrt_engine_arena_bytes": (_BYTES, [_POINTER]),
 }
 
 
@@ -99,13 +98,6 @@ def best_isa(precision: str = "fp32") -> Isa:
     if found < 0:
         raise NativeError(f"this CPU or library has no instructions for {precision}; take fp32")
     return Isa(found)
-
-
-def instruction_sets() -> tuple[Isa, ...]:
-    """All of the library and this CPU; raises NativeError without a library."""
-    library = _library()
-    best = {name: library.unetrt_best_isa(number) for name, number in _PRECISIONS.items()}
-    return tuple(isa for isa in Isa if isa <= best[isa.precision])
 
 
 def empty_packed(count: int) -> NDArray[np.uint8]:
@@ -165,7 +157,7 @@ class Network:
         self.input_shape, self.output_shape = _find_shapes(given)
         self.classifies = bool((_read_operators(given)[:, 0] == _CLASSIFY).any())
         self.precision = "int8" if _read_maps(given)[:, _SCALE].any() else self.isa.precision
-        self.operators, self.row_width, self.weights = int(given[3]), int(given[6]), int(given[7])
+        self.operators, self.row_width = int(given[3]), int(given[6])
 
     @property
     def packed_bytes(self) -> int:
@@ -270,14 +262,6 @@ class Engine:
                 status = self._library.unetrt_engine_profile(*arguments, _address(seconds), seconds.size)
             _check(self._library, status == 0)
         return out[:numbers].reshape(images, *made), out[numbers:]
-
-    @property
-    def arena_bytes(self) -> int:
-        """Memory for activations that the largest batch so far took; raises NativeError once closed."""
-        with self._lock:
-            if self._handle is None:
-                raise NativeError("this engine was closed; make another")
-            return int(self._library.unetrt_engine_arena_bytes(self._handle))
 
     def close(self) -> None:
         """End the threads and free the memory, after a call that is running."""

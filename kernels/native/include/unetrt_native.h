@@ -172,9 +172,6 @@ UNETRT_API int unetrt_engine_run(unetrt_engine*, int batch, const float* x, cons
 UNETRT_API int unetrt_engine_profile(unetrt_engine*, int batch, const float* x, const float* rows, float* out,
                                      double* seconds, uint64_t operators);
 
-/* Bytes of activations that the largest batch so far took. */
-UNETRT_API uint64_t unetrt_engine_arena_bytes(const unetrt_engine*);
-
 #ifdef __cplusplus
 }
 #endif

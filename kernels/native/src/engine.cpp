@@ -21,7 +21,7 @@ constexpr int64_t kMostFloats = int64_t{1} << 40;
 
 }  // namespace
 
-Floats::Floats(int64_t count) : count_(count) {
+Floats::Floats(int64_t count) {
     if (count == 0) return;
     const size_t bytes = static_cast<size_t>(count) * sizeof(float);
     const size_t unit = bytes >= kHugePage ? kHugePage : kLine, size = (bytes + unit - 1) / unit * unit;
@@ -52,11 +52,6 @@ void Engine::run(int batch, const float* x, const float* rows, float* out, doubl
     pool_->run(bound.tasks, scratch_.data(), scratch_floats_, seconds == nullptr ? nullptr : times.data());
     if (seconds != nullptr) std::fill(seconds, seconds + operators(), 0.0);
     for (size_t i = 0; i < times.size(); ++i) seconds[bound.operators[i]] += times[i];
-}
-
-int64_t Engine::arena_bytes() {
-    const std::lock_guard lock(mutex_);
-    return maps_.count() * static_cast<int64_t>(sizeof(float));
 }
 
 // Tasks know where the maps lie, so that a larger arena makes them anew.

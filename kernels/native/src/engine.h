@@ -16,14 +16,12 @@ class Floats {
   public:
     explicit Floats(int64_t count = 0);
     float* data() const { return data_.get(); }
-    int64_t count() const { return count_; }
 
   private:
     struct Free {
         void operator()(float* p) const { std::free(p); }
     };
     std::unique_ptr<float, Free> data_;
-    int64_t count_;
 };
 
 // A plan with its weights and memory, and threads that other engines may use too; calls from several threads run one
@@ -36,7 +34,6 @@ class Engine {
     // the batch does not fit.
     void run(int batch, const float* x, const float* rows, float* out, double* seconds);
     int32_t operators() const { return plan_->operator_count; }
-    int64_t arena_bytes();
     const std::shared_ptr<Pool>& pool() const { return pool_; }
 
   private:

@@ -169,7 +169,6 @@ void check_counts(const std::vector<int32_t>& words) {
     };
     expect(run(0, x.data()) != 0 && run(-1, x.data()) != 0 && run(INT_MAX, x.data()) != 0, "such batches are refused");
     expect(run(1, nullptr) != 0, "a run without images is refused");
-    expect(unetrt_engine_arena_bytes(engine.get()) == 0, "nothing has run");
     std::vector<double> seconds(static_cast<size_t>(words[3]), -1.0);
     const auto profile = [&](double* where, size_t count) {
         return unetrt_engine_profile(engine.get(), 1, x.data(), rows.data(), out.data(), where, count);
@@ -178,7 +177,7 @@ void check_counts(const std::vector<int32_t>& words) {
            "a profile without room is refused");
     expect(profile(seconds.data(), seconds.size()) == 0, "a profile succeeds");
     for (const double value : seconds) expect(value > 0 && value < 60, "every operator took its time");
-    expect(run(1, x.data()) == 0 && unetrt_engine_arena_bytes(engine.get()) > 0, "a run takes memory");
+    expect(run(1, x.data()) == 0, "a run succeeds");
 }
 
 }  // namespace

@@ -249,7 +249,7 @@ def test_a_bundle_s_classifier(bundle: Bundle) -> None:
     """Its weights are packed once, and it runs in the precision of the U-Net beside it."""
     config = adm_classifier(num_classes=3)
     inputs = make_inputs(config, 2)
-    best = library.instruction_sets()[-1].precision
+    best = instruction_sets()[-1].precision
     for precision, expected in ((None, best), ("bf16", best), ("int8", best), ("fp32", "fp32"), ("fp16", "fp32")):
         guide = open_guide(bundle, "native", precision)
         assert isinstance(guide, NativeGuide)
