@@ -27,7 +27,9 @@ endif
 # Where there is no compiler, the CPU engine is left out.
 NATIVE := $(if $(and $(shell command -v cmake),$(shell command -v c++ || command -v $(CXX))),native)
 
-.PHONY: venv native demo test test-slow bench gpu-check lint clean
+CPP_SOURCES := $(wildcard kernels/native/*/*.cpp kernels/native/*/*.h)
+
+.PHONY: venv native demo test test-slow bench gpu-check lint format clean
 # Installing builds the library too.
 .NOTPARALLEL:
 
@@ -67,6 +69,10 @@ lint: venv
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+
+format: venv
+	$(PY) -m ruff format
+	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
 
 clean:
 	rm -rf demo gpu_check build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
