@@ -63,7 +63,8 @@ int unetrt_best_isa(int precision) { return unetrt::best_isa(precision); }
 unetrt_network* unetrt_network_create(const int32_t* words, uint64_t count, int isa) {
     return guard<unetrt_network*>(nullptr, [&] {
         const unetrt::Kernels& kernels = unetrt::kernels_for(isa);
-        auto plan = std::make_shared<const unetrt::Plan>(unetrt::make_plan(unetrt::read_program(words, count), kernels));
+        auto plan =
+            std::make_shared<const unetrt::Plan>(unetrt::make_plan(unetrt::read_program(words, count), kernels));
         return new unetrt_network{std::move(plan)};
     });
 }
@@ -123,5 +124,4 @@ uint64_t unetrt_engine_arena_bytes(const unetrt_engine* engine) {
     // Reads a number under the engine's lock.
     return static_cast<uint64_t>(const_cast<unetrt_engine*>(engine)->engine.arena_bytes());
 }
-
 }
