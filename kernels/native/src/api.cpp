@@ -113,7 +113,7 @@ int unetrt_engine_run(unetrt_engine* engine, int batch, const float* x, const fl
 int unetrt_engine_profile(unetrt_engine* engine, int batch, const float* x, const float* rows, float* out,
                           double* seconds, uint64_t operators) {
     return guard(1, [&] {
-        require_count("operators", operators, static_cast<uint64_t>(engine->engine.networks.operators()));
+        require_count("operators", operators, static_cast<uint64_t>(engine->engine.operators()));
         if (seconds == nullptr) throw unetrt::Error("seconds is NULL; give room for every operator");
         engine->engine.run(batch, x, rows, out, seconds);
         return 0;
