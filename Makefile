@@ -29,7 +29,14 @@ NATIVE := $(if $(and $(shell command -v cmake),$(shell command -v c++ || command
 
 CPP_SOURCES := $(wildcard kernels/native/*/*.cpp kernels/native/*/*.h)
 
-.PHONY: venv native demo test test-slow bench gpu-check lint format clean
+# The tests of `make check`: parts that need no exported bundle, no benchmark and no interpreted kernel.
+FAST_TESTS := tests/test_imports.py tests/engine
+
+# Tests run on as many workers as there are cores (tests/conftest.py). WORKERS=0: one after the other, for a debugger.
+WORKERS ?= auto
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: venv native demo check test test-slow bench gpu-check lint format clean
 # Installing builds the library too.
 .NOTPARALLEL:
 
@@ -52,11 +59,15 @@ demo: venv
 	$(PY) -m engine sample demo/digits.engine -n 100 --steps 50 --sampler ddim --per-class --seed 0 \
 	    --grid demo/digits.png --enlarge 2 --out demo/samples
 
+# What to run before each commit: under a minute on two cores.
+check: lint
+	$(PYTEST) -q -m "not slow and not gpu" $(FAST_TESTS)
+
 test: venv
-	$(PY) -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: venv
-	$(PY) -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 gpu-check: venv
 	$(PY) -m benchmarks.gpu_check --out gpu_check
@@ -68,6 +79,7 @@ bench: venv
 lint: venv
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_SOURCES)
 	$(PY) -m mypy
 
 format: venv
