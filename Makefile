@@ -27,7 +27,16 @@ endif
 # Where there is no compiler, the CPU engine is left out.
 NATIVE := $(if $(and $(shell command -v cmake),$(shell command -v c++ || command -v $(CXX))),native)
 
-.PHONY: venv native demo test test-slow bench gpu-check lint clean
+CPP_SOURCES := $(wildcard kernels/native/*/*.cpp kernels/native/*/*.h)
+
+# The tests of `make check`: parts that need no exported bundle, no benchmark and no interpreted kernel.
+FAST_TESTS := tests/test_imports.py tests/engine
+
+# Tests run on as many workers as there are cores (tests/conftest.py). WORKERS=0: one after the other, for a debugger.
+WORKERS ?= auto
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: venv native demo check test test-slow bench gpu-check lint format clean
 # Installing builds the library too.
 .NOTPARALLEL:
 
@@ -50,11 +59,15 @@ demo: venv
 	$(PY) -m engine sample demo/digits.engine -n 100 --steps 50 --sampler ddim --per-class --seed 0 \
 	    --grid demo/digits.png --enlarge 2 --out demo/samples
 
+# What to run before each commit: under a minute on two cores.
+check: lint
+	$(PYTEST) -q -m "not slow and not gpu" $(FAST_TESTS)
+
 test: venv
-	$(PY) -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: venv
-	$(PY) -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 gpu-check: venv
 	$(PY) -m benchmarks.gpu_check --out gpu_check
@@ -66,7 +79,12 @@ bench: venv
 lint: venv
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_SOURCES)
 	$(PY) -m mypy
+
+format: venv
+	$(PY) -m ruff format
+	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
 
 clean:
 	rm -rf demo gpu_check build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

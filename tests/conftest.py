@@ -11,11 +11,20 @@ import hypothesis
 import pytest
 import torch
 
+from engine.threads import torch_threads
+
 GOLDEN_VARIABLE = "UNET_RT_GOLDEN"
 
 # Before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Workers of pytest-xdist share the cores, so a worker and the processes that its tests start take one thread each: here
+# for libraries that read it when they are loaded, below for torch, which is loaded.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# A worker takes about 1.5 GiB.
+MOST_WORKERS = 8
 
 # A busy machine must not fail a property test by its clock, and CI tries the same examples every time.
 hypothesis.settings.register_profile("default", deadline=None)
@@ -52,6 +61,12 @@ def golden_root(config: pytest.Config) -> Path | None:
     return root.resolve()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Workers of `-n auto`: one a core that this process may run on, hardware threads included."""
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     golden_root(config)
 
@@ -71,12 +86,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> Iterator[None]:
-    """The order of float sums depends on the thread count; two is what every machine has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+def _one_thread() -> Iterator[None]:
+    """The order of float sums depends on the thread count; one is what every worker has."""
+    with torch_threads(1):
+        yield
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For tests of who gets how many of torch's threads."""
+    with torch_threads(2):
+        yield
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The CPU engine's library as a file: what it exports, its C++ tests, and wheels with and without a compiler."""
+"""The CPU engine's library as a file: what it exports, and its C++ tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -82,29 +81,3 @@ def test_tiles_in_plain_cpp(tmp_path: Path) -> None:
     built = {library.LIBRARY_VARIABLE: str(tmp_path / library.LIBRARY_NAME)}
     tests = [ROOT / "tests" / "engine" / "backends" / f"test_native_{name}.py" for name in ("backend", "int8")]
     call(sys.executable, "-m", "pytest", "-q", *tests, **built)
-
-
-def build_wheel(out: Path, **environment: str) -> list[str]:
-    """Names of the files in the wheel of a copy of this checkout."""
-    copy = out / "checkout"
-    ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "demo", "runs", "*.engine", "__pycache__")
-    shutil.copytree(ROOT, copy, ignore=ignored)
-    call(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", out, copy, **environment)
-    (wheel,) = out.glob("*.whl")
-    assert "-py3-none-" in wheel.name
-    return zipfile.ZipFile(wheel).namelist()
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_a_wheel_holds_the_library_and_not_its_sources(tmp_path: Path) -> None:
-    names = build_wheel(tmp_path)
-    assert f"kernels/native/{library.LIBRARY_NAME}" in names
-    assert not [name for name in names if name.endswith((".cpp", ".o"))]
-
-
-@pytest.mark.slow
-def test_a_wheel_without_a_compiler(tmp_path: Path) -> None:
-    names = build_wheel(tmp_path, CXX="/nonexistent/c++")
-    assert "kernels/native/library.py" in names
-    assert not [name for name in names if name.endswith(".so")]

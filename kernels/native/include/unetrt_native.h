@@ -87,13 +87,7 @@ enum unetrt_mode { UNETRT_PLAIN = 0, UNETRT_UPSAMPLED = 1, UNETRT_TRANSPOSED = 2
 enum unetrt_norm { UNETRT_GROUP = 0, UNETRT_RMS = 1, UNETRT_LAYER = 2, UNETRT_AFFINE = 3, UNETRT_NO_NORM = 4 };
 
 /* gelu: the exact one, x * (1 + erf(x / sqrt(2))) / 2. mish: x * tanh(log(1 + exp(x))). */
-enum unetrt_activation {
-    UNETRT_IDENTITY = 0,
-    UNETRT_SILU = 1,
-    UNETRT_RELU = 2,
-    UNETRT_MISH = 3,
-    UNETRT_GELU = 4
-};
+enum unetrt_activation { UNETRT_IDENTITY = 0, UNETRT_SILU = 1, UNETRT_RELU = 2, UNETRT_MISH = 3, UNETRT_GELU = 4 };
 
 /* nearest: each pixel 2 x 2 times. average: of 2 x 2 pixels, odd rows and columns left out. fir: (1, 3, 3, 1) each way,
  * kernels/reference.py. space to depth: channel c * 4 + 2 * row + column of each 2 x 2 patch. pad: `pad` zeros on every

@@ -63,7 +63,8 @@ int unetrt_best_isa(int precision) { return unetrt::best_isa(precision); }
 unetrt_network* unetrt_network_create(const int32_t* words, uint64_t count, int isa) {
     return guard<unetrt_network*>(nullptr, [&] {
         const unetrt::Kernels& kernels = unetrt::kernels_for(isa);
-        auto plan = std::make_shared<const unetrt::Plan>(unetrt::make_plan(unetrt::read_program(words, count), kernels));
+        auto plan =
+            std::make_shared<const unetrt::Plan>(unetrt::make_plan(unetrt::read_program(words, count), kernels));
         return new unetrt_network{std::move(plan)};
     });
 }
@@ -118,5 +119,4 @@ int unetrt_engine_profile(unetrt_engine* engine, int batch, const float* x, cons
         return 0;
     });
 }
-
 }

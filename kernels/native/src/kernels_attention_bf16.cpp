@@ -1,6 +1,7 @@
 // softmax(q k^T) v with products of bfloat16: phase 0 packs the keys and values of each head as weights, phase 1 does a
 // chunk of 32 queries after the other. Scores, their maximum and the sum of their exponentials are floats.
 #include "kernels_attention.h"
+
 #include "kernels_keys.h"
 #include "products.h"
 
@@ -97,14 +98,15 @@ struct Chunk {
 
     static int64_t floats(const AttentionArgs& args) {
         return kStagingFloats + kProductRows * (3 * static_cast<int64_t>(padded_dim(args)) / 2 +
-                                              3 * static_cast<int64_t>(padded_tokens(args)) / 2);
+                                                3 * static_cast<int64_t>(padded_tokens(args)) / 2);
     }
 };
 
 void load_queries(const AttentionArgs& args, const Queries& queries, const Chunk& chunk) {
     fill_zero(chunk.staging + queries.count * kBlock, static_cast<int64_t>(kProductRows - queries.count) * kBlock);
     for (int c = 0; c < args.dim; c += kBlock) {
-        gather(channels_of(args, kQueries, queries.image, queries.head, c), queries.first, queries.count, chunk.staging);
+        gather(channels_of(args, kQueries, queries.image, queries.head, c), queries.first, queries.count,
+               chunk.staging);
         Element* lines = chunk.queries + c * kProductRows;
         for (int i = 0; i < kProductRows * kBlock; i += kLanes) store(lines + i, load(chunk.staging + i));
     }
@@ -142,7 +144,8 @@ void attend_chunk(const AttentionArgs& args, int item, float* scratch) {
     float inverse[kProductRows];
     for (int i = 0; i < kProductRows; ++i) {
         float* scores = chunk.scores + static_cast<int64_t>(i) * tokens;
-        inverse[i] = exponentiate_row(scores, tokens_of(args), tokens, chunk.weights + static_cast<int64_t>(i) * tokens);
+        inverse[i] =
+            exponentiate_row(scores, tokens_of(args), tokens, chunk.weights + static_cast<int64_t>(i) * tokens);
     }
     for (int b = 0; b < blocks; ++b) {
         multiply_rows(chunk.weights, tokens, kBlock, values + 2 * b * kTileElements, kTileElements, 2 * of_tokens,

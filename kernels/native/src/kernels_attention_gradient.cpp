@@ -93,14 +93,16 @@ Channels of_head(const AttentionGradientArgs& args, const Map& map, int part, co
 }
 
 // A head's channels of a map as rows of tokens, padded with zeros.
-void load_rows(const AttentionGradientArgs& args, const Map& map, int part, const Item& item, float* staging, float* rows) {
+void load_rows(const AttentionGradientArgs& args, const Map& map, int part, const Item& item, float* staging,
+               float* rows) {
     const int dim = padded_dim(args), tokens = pixels_of(args.src);
     fill_zero(staging, static_cast<int64_t>(padded_tokens(args)) * kBlock);
     for (int c = 0; c < args.dim; c += kBlock) {
         gather(of_head(args, map, part, item, c), 0, tokens, staging);
         for (int t = 0; t < padded_tokens(args); ++t)
             for (int i = 0; i < kBlock; i += kLanes) {
-                store(rows + static_cast<int64_t>(t) * dim + c + i, load(staging + static_cast<int64_t>(t) * kBlock + i));
+                store(rows + static_cast<int64_t>(t) * dim + c + i,
+                      load(staging + static_cast<int64_t>(t) * kBlock + i));
             }
     }
 }
@@ -110,7 +112,8 @@ void store_rows(const AttentionGradientArgs& args, int part, const Item& item, c
     for (int c = 0; c < args.dim; c += kBlock) {
         for (int t = 0; t < tokens; ++t)
             for (int i = 0; i < kBlock; i += kLanes) {
-                store(staging + static_cast<int64_t>(t) * kBlock + i, load(rows + static_cast<int64_t>(t) * dim + c + i));
+                store(staging + static_cast<int64_t>(t) * kBlock + i,
+                      load(rows + static_cast<int64_t>(t) * dim + c + i));
             }
         scatter(staging, 0, tokens, of_head(args, args.dst, part, item, c));
     }
@@ -157,7 +160,8 @@ void do_head(const AttentionGradientArgs& args, const Item& item, float* scratch
         multiply_matrices({q, dim, 1}, head.k_columns, rows, args.dim, padded, false, head.p);
         multiply_matrices({result, dim, 1}, head.v_columns, rows, args.dim, padded, false, head.ds);
         for (int i = 0; i < rows; ++i) derive_softmax(head.p + i * head.row, head.ds + i * head.row, tokens, padded);
-        multiply_matrices({head.ds, padded, 1}, head.k, rows, tokens, dim, false, head.dq + static_cast<int64_t>(first) * dim);
+        multiply_matrices({head.ds, padded, 1}, head.k, rows, tokens, dim, false,
+                          head.dq + static_cast<int64_t>(first) * dim);
         multiply_matrices({head.ds, 1, padded}, q, tokens, rows, dim, true, head.dk);
         multiply_matrices({head.p, 1, padded}, result, tokens, rows, dim, true, head.dv);
     }

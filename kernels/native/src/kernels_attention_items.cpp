@@ -1,5 +1,6 @@
 // Attention cut into items, whatever multiplies the matrices.
 #include "kernels_attention.h"
+
 #include "kernels_keys.h"
 
 namespace unetrt::UNETRT_ISA {

@@ -75,7 +75,9 @@ void to_pixels(const TokensArgs& args, int item) {
     clear_border(pixels, item, 0, pixels.height);
 }
 
-int64_t classify_scratch(const ClassifyArgs& args) { return args.classes + 2 * static_cast<int64_t>(args.src.channels); }
+int64_t classify_scratch(const ClassifyArgs& args) {
+    return args.classes + 2 * static_cast<int64_t>(args.src.channels);
+}
 
 int classify_items(const ClassifyArgs& args) { return args.src.images; }
 

@@ -10,7 +10,9 @@ UNETRT_INLINE int divide_up(int a, int b) { return (a + b - 1) / b; }
 UNETRT_INLINE int least(int a, int b) { return a < b ? a : b; }
 
 // Image 0 of a pixel of a map.
-UNETRT_INLINE Element* at(const Map& map, int block, int y, int x) { return static_cast<Element*>(map.at(block, y, x)); }
+UNETRT_INLINE Element* at(const Map& map, int block, int y, int x) {
+    return static_cast<Element*>(map.at(block, y, x));
+}
 
 // Elements of a row.
 UNETRT_INLINE int64_t row_of(const Map& map) { return map.row() * kBlock; }
@@ -45,6 +47,8 @@ UNETRT_INLINE void fill_border(const Map& map, int block, int from, int to, Vec 
     if (to == map.height) fill_lines(map.at(block, map.height, -map.border), map.border * map.row(), value);
 }
 
-UNETRT_INLINE void clear_border(const Map& map, int block, int from, int to) { fill_border(map, block, from, to, Vec{}); }
+UNETRT_INLINE void clear_border(const Map& map, int block, int from, int to) {
+    fill_border(map, block, from, to, Vec{});
+}
 
 }  // namespace unetrt::UNETRT_ISA

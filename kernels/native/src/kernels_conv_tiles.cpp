@@ -1,7 +1,8 @@
 // Convolution on tiles: 32 positions times 32 output channels at a time. A position is a pixel of an image, and sources
 // keep those of a row behind one another, so that 16 of them are a tile as they lie.
-#include "kernels_common.h"
 #include "kernels_conv.h"
+
+#include "kernels_common.h"
 #include "tiles.h"
 
 namespace unetrt::UNETRT_ISA {

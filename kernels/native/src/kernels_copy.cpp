@@ -89,9 +89,11 @@ void from_planar(const PlanarArgs& args, int item) {
         if (channels < kBlock) clear_lines(at(map, item, y, 0), static_cast<int64_t>(map.width) * map.images);
         for (int n = 0; n < map.images; ++n)
             for (int c = 0; c < channels; ++c) {
-                const float* in = args.planar + (static_cast<int64_t>(n) * map.channels + first + c) * pixels + y * map.width;
+                const float* in =
+                    args.planar + (static_cast<int64_t>(n) * map.channels + first + c) * pixels + y * map.width;
                 Element* out = at(map, item, y, 0) + n * kBlock + c;
-                for (int x = 0; x < map.width; ++x) out[static_cast<int64_t>(x) * map.images * kBlock] = to_element(in[x]);
+                for (int x = 0; x < map.width; ++x)
+                    out[static_cast<int64_t>(x) * map.images * kBlock] = to_element(in[x]);
             }
     }
     clear_border(map, item, 0, map.height);

@@ -140,8 +140,7 @@ void make_partial(const AttentionArgs& args, int item, float* weights) {
 }
 
 // Of a block of key channels: their largest keys over all parts, and one over the sums of exp(k - most).
-void merge_totals(const AttentionArgs& args, const Head& head, int channel, Vec (&most)[kEach],
-                  Vec (&inverse)[kEach]) {
+void merge_totals(const AttentionArgs& args, const Head& head, int channel, Vec (&most)[kEach], Vec (&inverse)[kEach]) {
     for (int v = 0; v < kEach; ++v) {
         const int lane = channel + v * kLanes;
         most[v] = splat(-__builtin_inff());

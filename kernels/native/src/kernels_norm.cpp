@@ -307,14 +307,18 @@ void measure_rows(const MeasureArgs& args, int block, int from, int to) {
     const Map& map = args.src;
     for (int y = from; y < to; ++y)
         for (int n = 0; n < map.images; ++n) {
-            measure_row(map, at(map, block, y, 0) + n * kBlock, map.images, args.statistics + row_index(map, block, y, n));
+            measure_row(map, at(map, block, y, 0) + n * kBlock, map.images,
+                        args.statistics + row_index(map, block, y, n));
         }
 }
 
-int measure_items(const MeasureArgs& args) { return args.src.blocks() * divide_up(args.src.height, rows_a_piece(args.src)); }
+int measure_items(const MeasureArgs& args) {
+    return args.src.blocks() * divide_up(args.src.height, rows_a_piece(args.src));
+}
 
 void measure(const MeasureArgs& args, int item) {
-    const int pieces = divide_up(args.src.height, rows_a_piece(args.src)), from = item % pieces * rows_a_piece(args.src);
+    const int pieces = divide_up(args.src.height, rows_a_piece(args.src)),
+              from = item % pieces * rows_a_piece(args.src);
     measure_rows(args, item / pieces, from, least(from + rows_a_piece(args.src), args.src.height));
 }
 

@@ -3,10 +3,11 @@
 // With g = dy * activation'(...) * factor, dx = g - mean(g) - n mean(g n), the means over a group's channels and pixels
 // (Ioffe & Szegedy, Batch Normalization, 2015, section 3, for groups). Phase 0 sums g and g n of each row and channel,
 // phase 1 adds the rows up in their order.
+#include "kernels_norm.h"
+
 #include "kernels_activation.h"
 #include "kernels_common.h"
 #include "kernels_gradient.h"
-#include "kernels_norm.h"
 
 namespace unetrt::UNETRT_ISA {
 

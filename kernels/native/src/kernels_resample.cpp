@@ -102,7 +102,7 @@ void rearrange_row(const ResampleArgs& args, int block, int y) {
     const Row row = find_row(args, block, y);
     for (int x = 0; x < args.dst.width; ++x) {
         const Element* patch[4] = {top + 2 * x * cell, top + (2 * x + 1) * cell, bottom + 2 * x * cell,
-                                 bottom + (2 * x + 1) * cell};
+                                   bottom + (2 * x + 1) * cell};
         for (int64_t i = 0; i < cell; i += kLanes) {
             const int64_t in = i - i % kBlock + i % kBlock / 4;
             Vec value;

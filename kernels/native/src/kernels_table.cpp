@@ -17,6 +17,8 @@ namespace unetrt {
 
 const Kernels& UNETRT_TABLE(UNETRT_ISA)() {
     using namespace UNETRT_ISA;
+    // An operator a line.
+    // clang-format off
     static constexpr Kernels table = {
         UNETRT_TEXT(UNETRT_ISA), kPanel, kBlock, sizeof(Element) == 2,
         conv_items, conv,
@@ -32,6 +34,7 @@ const Kernels& UNETRT_TABLE(UNETRT_ISA)() {
         copy_items, copy, split_items, split,
         planar_items, from_planar, to_planar,
     };
+    // clang-format on
     return table;
 }
 

@@ -76,8 +76,8 @@ int8_t round_to_level(float value, float scale) {
 }
 
 // As pack_pairs, a row for each four channels; adds each channel's levels to sums.
-void pack_fours(const ConvStep& step, const Tap& tap, const float* weights, const float* scales, int32_t out, int32_t in,
-                int8_t* rows, int32_t* sums) {
+void pack_fours(const ConvStep& step, const Tap& tap, const float* weights, const float* scales, int32_t out,
+                int32_t in, int8_t* rows, int32_t* sums) {
     for (int32_t c = in; c < in + kBytesBlock; c += 4)
         for (int32_t o = out; o < out + kHalfPanel; ++o)
             for (int32_t i = c; i < c + 4; ++i, ++rows) {
@@ -102,7 +102,8 @@ void pack_conv_of_bytes(const Plan& plan, const ConvStep& step, const float* wei
     for (int32_t first = 0; first < padded; first += plan.kernels->panel)
         for (const Tap& tap : step.taps)
             for (int32_t c = 0; c < tap.channels; c += kBytesBlock)
-                for (int32_t o = first; o < first + plan.kernels->panel; o += kHalfPanel, panel += kHalfPanel * kBytesBlock) {
+                for (int32_t o = first; o < first + plan.kernels->panel;
+                     o += kHalfPanel, panel += kHalfPanel * kBytesBlock) {
                     pack_fours(step, tap, weights, scales.data(), o, c, panel, sums.data());
                 }
     for (int32_t& sum : sums) sum *= -source.zero;

@@ -29,7 +29,8 @@ class Planner {
             plan_.maps.back().scale = map.scale;
             plan_.maps.back().zero = map.zero;
             if (!map.has_bytes()) continue;
-            if (!kernels.takes_pairs) throw Error(std::string("instruction set ") + kernels.name + " has no bytes; take bf16");
+            if (!kernels.takes_pairs)
+                throw Error(std::string("instruction set ") + kernels.name + " has no bytes; take bf16");
             plan_.maps.back().block = kBytesBlock;
         }
     }
@@ -171,7 +172,8 @@ class Planner {
 
     NormStep start_norm(const unetrt_operator& op) {
         const int32_t channels = map(op.dst).channels;
-        NormStep step{{op.src[0], op.src[1]}, op.dst, op.add, op.scale, op.eps, op.kind, op.groups, op.activation, -1, -1, -1};
+        NormStep step{{op.src[0], op.src[1]}, op.dst, op.add, op.scale, op.eps, op.kind, op.groups,
+                      op.activation,          -1,     -1,     -1};
         step.weight = op.kind == UNETRT_NO_NORM ? -1 : pack_vector(op.weight, channels);
         step.bias = pack_vector(op.bias, channels);
         step.row = pad_row(op.row, channels, 2);
@@ -329,9 +331,12 @@ class Planner {
             for (int32_t i = 0; i < k * k; ++i) {
                 const int32_t y = i / k - op.pad, x = i % k - op.pad;
                 const int32_t phase = 2 * (y & 1) + (x & 1);
-                const TapWeights weights{
-                    {op.weight + static_cast<int64_t>(first) * k * k + i, 0, 0, 0}, 1, static_cast<int64_t>(in) * k * k, k * k};
-                step.taps.push_back({phases, phase * padded / kernels_.block, shape.channels, halve_down(y), halve_down(x), weights});
+                const TapWeights weights{{op.weight + static_cast<int64_t>(first) * k * k + i, 0, 0, 0},
+                                         1,
+                                         static_cast<int64_t>(in) * k * k,
+                                         k * k};
+                step.taps.push_back(
+                    {phases, phase * padded / kernels_.block, shape.channels, halve_down(y), halve_down(x), weights});
             }
         }
     }

@@ -36,14 +36,17 @@ class Binder {
                 shared_ = std::max(shared_, workspace(args));
                 scratch_ = std::max(scratch_, scratch(args));
             } else if (const auto* of_norm = std::get_if<NormGradientStep>(&step)) {
-                shared_ = std::max(shared_, kernels_.norm_gradient_workspace({norm_args(of_norm->norm), map(of_norm->gradient)}));
+                shared_ = std::max(
+                    shared_, kernels_.norm_gradient_workspace({norm_args(of_norm->norm), map(of_norm->gradient)}));
             } else if (const auto* of_attention = std::get_if<AttentionGradientStep>(&step)) {
-                scratch_ = std::max(scratch_, kernels_.attention_gradient_scratch(attention_gradient_args(*of_attention)));
+                scratch_ =
+                    std::max(scratch_, kernels_.attention_gradient_scratch(attention_gradient_args(*of_attention)));
             } else if (const auto* classify = std::get_if<ClassifyStep>(&step)) {
                 scratch_ = std::max(scratch_, kernels_.classify_scratch(classify_args(*classify)));
             }
         }
-        return {(plan_.arena * batch_ + kSlackLines) * kLineFloats, plan_.padded_rows * batch_, plan_.statistics * batch_, shared_, scratch_};
+        return {(plan_.arena * batch_ + kSlackLines) * kLineFloats, plan_.padded_rows * batch_,
+                plan_.statistics * batch_, shared_, scratch_};
     }
 
   private:
@@ -221,8 +224,8 @@ class Binder {
     }
 
     ClassifyArgs classify_args(const ClassifyStep& step) const {
-        return {map(step.src), map(step.dst), step.classes, packed(step.weight), packed(step.bias), rows(step.row),
-                plan_.padded_rows, nullptr};
+        return {map(step.src),     map(step.dst),  step.classes,      packed(step.weight),
+                packed(step.bias), rows(step.row), plan_.padded_rows, nullptr};
     }
 
     void add(const ClassifyStep& step) {

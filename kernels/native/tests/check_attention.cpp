@@ -188,7 +188,8 @@ int check(const Case& c) {
     const OwnedMap one_dst({out.channels, out.height, out.width, out.border, 1}, kUnwritten);
     for (int channel = 0; channel < in.channels; ++channel)
         for (int y = 0; y < c.height; ++y)
-            for (int x = 0; x < c.width; ++x) one_qkv.at(0, channel, y, x) = static_cast<float>(qkv.at(last, channel, y, x));
+            for (int x = 0; x < c.width; ++x)
+                one_qkv.at(0, channel, y, x) = static_cast<float>(qkv.at(last, channel, y, x));
     args.qkv = one_qkv.map();
     args.dst = one_dst.map();
     run(c, args, true);

@@ -15,9 +15,7 @@ struct Image {
     std::vector<double> values;
 
     explicit Image(Shape s) : shape(s), values(static_cast<size_t>(s.channels * s.height * s.width)) {}
-    double& at(int c, int y, int x) {
-        return values[static_cast<size_t>((c * shape.height + y) * shape.width + x)];
-    }
+    double& at(int c, int y, int x) { return values[static_cast<size_t>((c * shape.height + y) * shape.width + x)]; }
     double get(int c, int y, int x) {
         return y < 0 || x < 0 || y >= shape.height || x >= shape.width ? 0.0 : at(c, y, x);
     }
@@ -145,7 +143,8 @@ Chain make_chain() {
     return chain;
 }
 
-std::vector<double> run_plainly(const Chain& chain, const std::vector<float>& weights, const float* x, const float* rows) {
+std::vector<double> run_plainly(const Chain& chain, const std::vector<float>& weights, const float* x,
+                                const float* rows) {
     Image image(chain.in);
     for (size_t i = 0; i < image.values.size(); ++i) image.values[i] = static_cast<double>(x[i]);
     for (size_t i = 0; i < chain.layers.size(); ++i) {
@@ -179,7 +178,8 @@ void check_isa(const Fixture& fixture, int isa) {
     if (network == nullptr) return;
     const Packed packed(unetrt_network_packed_bytes(network.get()));
     expect(unetrt_network_pack(network.get(), fixture.weights.data(), fixture.weights.size(), packed.data(),
-                               packed.bytes()) == 0, "the weights are packed");
+                               packed.bytes()) == 0,
+           "the weights are packed");
     Engine one(unetrt_engine_create(network.get(), packed.data(), packed.bytes(), 1));
     Engine three(unetrt_engine_create(network.get(), packed.data(), packed.bytes(), 3));
     network.reset();
@@ -189,7 +189,8 @@ void check_isa(const Fixture& fixture, int isa) {
         const float* x = fixture.x.data() + static_cast<size_t>(n) * fixture.in_floats;
         const auto expected = run_plainly(fixture.chain, fixture.weights, x, fixture.rows.data() + n * kRows);
         const float* got = all.data() + static_cast<size_t>(n) * fixture.out_floats;
-        for (size_t i = 0; i < expected.size(); ++i) worst = std::max(worst, std::abs(expected[i] - static_cast<double>(got[i])));
+        for (size_t i = 0; i < expected.size(); ++i)
+            worst = std::max(worst, std::abs(expected[i] - static_cast<double>(got[i])));
         const auto alone = fixture.run(one.get(), n, 1);
         expect(std::memcmp(alone.data(), got, alone.size() * sizeof(float)) == 0, "an image has the same bits alone");
     }

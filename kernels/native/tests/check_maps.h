@@ -85,7 +85,7 @@ class OwnedMap {
         : map_{nullptr, shape.channels, shape.height, shape.width, shape.border, shape.images, kBlock},
           stored_(static_cast<size_t>(map_.blocks() * map_.plane() * kBlock)) {
         map_.data = stored_.data();
-        for (Stored& value : stored_) Cell{&value} = fill;
+        for (size_t i = 0; i < stored_.size(); ++i) Cell{stored_.data() + i} = fill;
     }
     OwnedMap(const OwnedMap&) = delete;
     OwnedMap& operator=(const OwnedMap&) = delete;

@@ -67,7 +67,8 @@ std::vector<int32_t> make_program(float scale) {
     middle.extra[0] = small;
     middle.extra_weight = builder.add_weights(12 * 12);
     builder.add(middle);
-    const int row = builder.add_map({12, 1, 7}), classified = builder.add_map({12, 1, 7}), pixels = builder.add_map(half);
+    const int row = builder.add_map({12, 1, 7}), classified = builder.add_map({12, 1, 7}),
+              pixels = builder.add_map(half);
     unetrt_operator tokens = make_operator(UNETRT_TOKENS, row, small);
     tokens.weight = builder.add_weights(12 * 7);
     builder.add(tokens);
@@ -160,7 +161,8 @@ void check_counts(const std::vector<int32_t>& words) {
         return Engine(unetrt_engine_create(network.get(), data, bytes, threads));
     };
     expect(create(packed.data(), packed.bytes() - 4, 1) == nullptr, "packed weights of another size are refused");
-    expect(create(static_cast<char*>(packed.data()) + 4, packed.bytes(), 1) == nullptr, "unaligned weights are refused");
+    expect(create(static_cast<char*>(packed.data()) + 4, packed.bytes(), 1) == nullptr,
+           "unaligned weights are refused");
     expect(create(packed.data(), packed.bytes(), 0) == nullptr, "no threads are refused");
     const Engine engine = create(packed.data(), packed.bytes(), 2);
     std::vector<float> x(3 * 4 * 6), rows(40), out(2 * 4 * 6 + 1);

@@ -62,9 +62,14 @@ class ProgramBuilder {
     // Ends the program: its words.
     std::vector<int32_t> end(int output) {
         add(make_operator(UNETRT_OUTPUT, -1, output));
-        std::vector<int32_t> words = {UNETRT_MAGIC, UNETRT_FORMAT, static_cast<int32_t>(maps_.size()),
-                                      static_cast<int32_t>(operators_.size()), in_.channels,
-                                      maps_[static_cast<size_t>(output)].channels, row_width_, weights_};
+        std::vector<int32_t> words = {UNETRT_MAGIC,
+                                      UNETRT_FORMAT,
+                                      static_cast<int32_t>(maps_.size()),
+                                      static_cast<int32_t>(operators_.size()),
+                                      in_.channels,
+                                      maps_[static_cast<size_t>(output)].channels,
+                                      row_width_,
+                                      weights_};
         for (const Shape& map : maps_) {
             int32_t scale;
             std::memcpy(&scale, &map.scale, sizeof scale);

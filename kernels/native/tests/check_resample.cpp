@@ -79,8 +79,7 @@ double expect(const Case& c, const OwnedMap& src, int n, int channel, int y, int
         case UNETRT_NEAREST_UP: return pixel(src, n, channel, y / 2, x / 2);
         case UNETRT_FIR_UP: return fir_up(src, n, channel, y, x);
         case UNETRT_FIR_DOWN: return fir_down(src, n, channel, y, x);
-        case UNETRT_SPACE_TO_DEPTH:
-            return pixel(src, n, channel / 4, 2 * y + channel % 4 / 2, 2 * x + channel % 2);
+        case UNETRT_SPACE_TO_DEPTH: return pixel(src, n, channel / 4, 2 * y + channel % 4 / 2, 2 * x + channel % 2);
         case UNETRT_PAD: return pixel(src, n, channel, y - c.pad, x - c.pad);
         default:
             for (int k = 0; k < 4; ++k) total += pixel(src, n, channel, 2 * y + k / 2, 2 * x + k % 2) / 4;

@@ -146,6 +146,7 @@ def test_slots_are_refilled():
     assert order == [1, 2, 0, 3]
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_networks_have_the_callers_threads_and_the_rest_of_a_step_one():
     found: dict[str, int] = {}
 
@@ -415,12 +416,12 @@ def test_a_request_can_start_from_an_image():
     assert torch.equal(start, torch.full((1, 4, 4), 0.25))
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_a_closed_sampler():
     config = adm_unet(mult=(1,), attention=())
     sampler = Sampler(EagerBackend(tiny_manifest(config), random_network(config), "fp32", 1))
-    threads = torch.get_num_threads()
     sampler.sample(1, steps=1)
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 2
     sampler.close()
     with pytest.raises(BackendError, match="this backend was closed; open the bundle again"):
         sampler.sample(1, steps=1)
