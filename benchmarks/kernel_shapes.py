@@ -154,7 +154,7 @@ class AttentionShape:
         qkv = place.normal(batch, 3 * self.heads * self.head_dim, side, side)
         # Scores of standard deviation 3, so that a few keys weigh most.
         qkv[:, : self.heads * self.head_dim] *= 3 * self.head_dim**-0.5
-        # Cut as engine.networks.layers cuts it, so that the strides are a network's.
+        # Cut as engine.networks.blocks.self_attention cuts it, so that the strides are a network's.
         tokens = qkv.reshape(batch, 3, self.heads, self.head_dim, self.tokens).transpose(3, 4)
         q, k, v = tokens[:, 0], tokens[:, 1], tokens[:, 2]
         return Task(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.networks import config as c
+from engine.networks.blocks.base import Block, Stream, Writers
 from engine.networks.operators import REFERENCE, UsesOperators
 from engine.networks.unet import UNet
 from kernels import reference
@@ -95,9 +95,10 @@ def decide(unet: UNet, ranges: Ranges) -> tuple[Fp32Part, ...]:
     for norm, moved in ranges.rounding.items():
         if not moved.value <= MOST_ROUNDING:
             reason = f"rounding the input of {norm} to fp16 moves its result by {moved.value:.2g} of its deviation"
-            block = int(norm.split(".")[1])
-            reads_stream = not norm.endswith(("norm2", "out_norm"))
-            for index in (*(writers[block] if reads_stream else ()), block):
+            _, place, part = norm.split(".", 2)
+            block = int(place)
+            is_inner = part in unet.config.blocks[block].inner_norms
+            for index in (*(() if is_inner else writers[block]), block):
                 parts.setdefault(f"blocks.{index}", reason)
     for norm, peak in ranges.norm_peaks.items():
         if _owner(norm) not in parts and not peak.value**2 <= LARGEST:
@@ -106,34 +107,10 @@ def decide(unet: UNet, ranges: Ranges) -> tuple[Fp32Part, ...]:
     return tuple(Fp32Part(name, parts[name]) for name in sorted(parts, key=order.__getitem__))
 
 
-def stream_writers(blocks: Sequence[c.Block]) -> list[tuple[int, ...]]:
+def stream_writers(blocks: Sequence[Block]) -> list[Writers]:
     """For each block the indices of those that wrote what it reads."""
-    readers: list[tuple[int, ...]] = []
-    h: tuple[int, ...] = ()
-    image: tuple[int, ...] = ()
-    skips: list[tuple[int, ...]] = []
-    for index, block in enumerate(blocks):
-        readers.append(image if isinstance(block, c.ImageIn) else h)
-        match block:
-            case c.Push():
-                skips.append(h)
-            case c.Pop():
-                h = (*h, *skips.pop())
-            case c.ImageSave():
-                image = h
-            case c.ImageOut():
-                image = (*image, index) if not block.is_first else (index,)
-            case c.ImageAdd():
-                h = (*h, *image)
-            case c.ImageIn():
-                h = (*h, index)
-            case c.SpaceToDepth() | c.Pad():
-                pass
-            case c.Downsample() | c.Upsample() if not block.conv:
-                pass
-            case _:
-                h = (index,)
-    return readers
+    stream: Stream[Writers] = Stream((), ())
+    return [block.trace(index, stream) for index, block in enumerate(blocks)]
 
 
 def _owner(layer: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from engine.networks import config as c
-from engine.networks.classifier import AttentionPool, Classifier
+from engine.networks.blocks.pools import AttentionPoolModule
+from engine.networks.classifier import Classifier
 from recipes.digits_net import init_weights
 
 
@@ -37,7 +38,7 @@ def init_classifier(model: Classifier) -> None:
     """guided-diffusion's initialisation: as the U-Net's; the pool keeps torch's defaults."""
     init_weights(model)
     for module in model.blocks:
-        if isinstance(module, AttentionPool):
+        if isinstance(module, AttentionPoolModule):
             # Our q carries the factor 1/sqrt(head_dim) that theirs applies afterwards.
             rows = module.block.heads * module.block.head_dim
             with torch.no_grad():

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from engine.networks import config as c
+from engine.networks.blocks.residual import ResBlockModule
+from engine.networks.blocks.self_attention import AttentionModule
 from engine.networks.classifier import Classifier
-from engine.networks.layers import Attention, ResBlock
 from engine.networks.unet import UNet
 
 
@@ -54,9 +55,9 @@ def init_weights(model: UNet | Classifier) -> None:
     last: list[nn.Module] = [model.blocks[-1]] if isinstance(model.blocks[-1], nn.Conv2d) else []
     with torch.no_grad():
         for module in model.blocks:
-            if isinstance(module, ResBlock):
+            if isinstance(module, ResBlockModule):
                 last.append(module.conv2)
-            if isinstance(module, Attention):
+            if isinstance(module, AttentionModule):
                 last.append(module.out)
                 # Our q carries the factor 1/sqrt(head_dim) that theirs applies afterwards.
                 rows, scale = module.block.heads * module.block.head_dim, module.block.head_dim**-0.5

@@ -215,7 +215,7 @@ class Draw:
         self.blocks.append(block)
         self.channels = self.channels if channels is None else channels
         height, width = self.size
-        self.size = c.size_after(block, height), c.size_after(block, width)
+        self.size = block.size_after(height), block.size_after(width)
 
     def groups(self, channels: int) -> int:
         return self.some(*(n for n in (0, 1, 2, 4, 5, 8) if n == 0 or channels % n == 0))

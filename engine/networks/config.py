@@ -38,6 +38,7 @@ from engine.networks.blocks import (
     block_from_dict,
     block_to_dict,
 )
+from engine.networks.blocks.base import Shape, Shapes, SizeError
 
 __all__ = [
     "Activation",
@@ -146,8 +147,7 @@ class UNetConfig:
     divides_by_timestep: bool = False
 
     def __post_init__(self) -> None:
-        check_blocks(self.blocks, self.in_channels + self.cond_channels, self.out_channels)
-        check_image_size(self.blocks, self.image_size)
+        check_blocks(self.blocks, self.in_channels + self.cond_channels, self.out_channels, self.image_size)
         if self.null_class is not None and not 0 <= self.null_class < (self.num_classes or 0):
             raise ConfigError(
                 f"null class {self.null_class} is outside the {self.num_classes or 0} classes of this network; "
@@ -156,7 +156,7 @@ class UNetConfig:
 
     @property
     def projection_channels(self) -> tuple[int, ...]:
-        """Width of each time projection, in the order of the ResBlocks that take one."""
+        """Width of each time projection, in the order of the blocks that take one."""
         return _projection_channels(self.blocks)
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,12 +180,11 @@ class ClassifierConfig:
     time: TimeConfig = TimeConfig()
 
     def __post_init__(self) -> None:
-        check_blocks(self.blocks, self.in_channels, self.num_classes)
-        check_image_size(self.blocks, self.image_size)
+        check_blocks(self.blocks, self.in_channels, self.num_classes, self.image_size)
 
     @property
     def projection_channels(self) -> tuple[int, ...]:
-        """Width of each time projection, in the order of the ResBlocks that take one."""
+        """Width of each time projection, in the order of the blocks that take one."""
         return _projection_channels(self.blocks)
 
     def to_dict(self) -> dict[str, Any]:
@@ -197,7 +196,7 @@ class ClassifierConfig:
 
 
 def _projection_channels(blocks: tuple[Block, ...]) -> tuple[int, ...]:
-    return tuple(b.projection_channels for b in blocks if isinstance(b, ResBlock) and b.has_projection)
+    return tuple(block.projection_channels for block in blocks if block.projection_channels)
 
 
 def _config_to_dict(config: UNetConfig | ClassifierConfig) -> dict[str, Any]:
@@ -229,97 +228,30 @@ def _config_fields(data: dict[str, Any], cls: type) -> dict[str, Any]:
 
 def count_downsamplings(blocks: tuple[Block, ...]) -> int:
     """How often the block list halves the resolution."""
-    return sum(
-        isinstance(b, (Downsample, SpaceToDepth)) or (isinstance(b, ResBlock) and b.resample is Resample.DOWN)
-        for b in blocks
-    )
+    return sum(block.resampling is Resample.DOWN for block in blocks)
 
 
-def size_after(block: Block, size: int) -> int:
-    """Height or width behind a block that gets `size` pixels."""
-    match block:
-        case Pad():
-            return size + 2 * block.pixels
-        case Downsample(conv=True):
-            padding = 1 if block.pads_end else 2 * ((block.kernel - 1) // 2)
-            return (size + padding - block.kernel) // 2 + 1
-        case Downsample() | SpaceToDepth() | ResBlock(resample=Resample.DOWN):
-            return size // 2
-        case Upsample() | TransposedConv() | ResBlock(resample=Resample.UP):
-            return size * 2
-        case _:
-            return size
+def check_blocks(blocks: tuple[Block, ...], in_channels: int, out_channels: int, image_size: tuple[int, int]) -> None:
+    """Walk the shapes of an image of (height, width) pixels; raises ConfigError at the first block that does not fit.
 
-
-def check_image_size(blocks: tuple[Block, ...], image_size: tuple[int, int]) -> None:
-    """Raises ConfigError if an image of (height, width) does not meet its skip connections or pool at their size."""
-    ends = []
-    for start in image_size:
-        size, stack, fits, image = start, [], start > 0, start
-        for block in blocks:
-            if isinstance(block, Push):
-                stack.append(size)
-            elif isinstance(block, Pop):
-                fits = fits and size == stack.pop()
-            elif isinstance(block, (ImageSave, ImageIn, ImageOut, ImageAdd)):
-                resampled = image // 2 if isinstance(block, ImageIn) else 2 * image
-                starts = isinstance(block, ImageSave) or (isinstance(block, ImageOut) and block.is_first)
-                fits, image = fits and (starts or resampled == size), size
-            fits = fits and size > 0 and not (isinstance(block, SpaceToDepth) and size % 2)
-            size = size_after(block, size)
-        if not fits:
-            halvings = count_downsamplings(blocks)
-            raise ConfigError(
-                f"image size {image_size[0]}x{image_size[1]} does not fit a network that halves it {halvings} times; "
-                f"give a multiple of {2**halvings} with --image-size"
-            )
-        ends.append(size)
-    pool = blocks[-1] if blocks else None
-    if isinstance(pool, AttentionPool) and pool.tokens != ends[0] * ends[1]:
+    A block may find other channels than it takes, a norm's groups no divisor of them, or a map whose size is not that
+    of its skip connection, side image or pool.
+    """
+    start = Shape(in_channels, *image_size)
+    shapes = Shapes(start, start, image_size=image_size)
+    try:
+        if min(image_size) < 1:
+            raise SizeError("an image has at least one pixel each way")
+        for shapes.index, block in enumerate(blocks):
+            block.check(shapes)
+    except SizeError as error:
+        halvings = count_downsamplings(blocks)
         raise ConfigError(
-            f"an image of {image_size[0]}x{image_size[1]} leaves {ends[0] * ends[1]} pixels for an attention pool of "
-            f"{pool.tokens} positions; give the training's size with --image-size"
-        )
-
-
-def check_blocks(blocks: tuple[Block, ...], in_channels: int, out_channels: int) -> None:
-    """Walk the program's channel counts; raises ConfigError at the first block that does not fit its input."""
-    channels, stack = in_channels, []
-    for index, block in enumerate(blocks):
-        if isinstance(block, Push):
-            stack.append(channels)
-            continue
-        if isinstance(block, Pop):
-            if not stack:
-                raise ConfigError(f"block {index} takes a skip connection and none is left")
-            channels += stack.pop()
-            continue
-        if isinstance(block, (ImageSave, ImageAdd)):
-            continue
-        wanted = block.in_channels if isinstance(block, (Conv, ResBlock)) else block.channels
-        if wanted != channels:
-            raise ConfigError(f"block {index} ({type(block).__name__}) takes {wanted} channels, got {channels}")
-        normed = block.out_channels if isinstance(block, ResBlock) and block.conv_first else channels
-        if isinstance(block, ImageOut) and channels % block.groups:
-            raise ConfigError(f"block {index}: {channels} channels cannot be split into {block.groups} groups")
-        if isinstance(block, ResBlock) and block.groups_out and block.out_channels % block.groups_out:
-            raise ConfigError(
-                f"block {index}: {block.out_channels} channels cannot be split into {block.groups_out} groups"
-            )
-        if isinstance(block, (ResBlock, Attention, LinearAttention, NormSiLU)):
-            groups = (block.groups or normed) if block.norm is Norm.GROUP else 1
-            if normed % groups:
-                raise ConfigError(f"block {index}: {normed} channels cannot be split into {groups} groups")
-        if isinstance(block, (Conv, ResBlock)):
-            channels = block.out_channels
-        elif isinstance(block, Downsample):
-            channels = block.out_channels or channels
-        elif isinstance(block, SpaceToDepth):
-            channels *= 4
-        elif isinstance(block, (AttentionPool, AveragePool)):
-            channels = block.out_features
-    if channels != out_channels or stack:
+            f"image size {image_size[0]}x{image_size[1]} does not fit a network that halves it {halvings} times; "
+            f"give a multiple of {2**halvings} with --image-size ({error})"
+        ) from error
+    if shapes.h.channels != out_channels or shapes.skips:
         raise ConfigError(
-            f"the block list ends with {channels} channels and {len(stack)} unused skip connections; "
+            f"the block list ends with {shapes.h.channels} channels and {len(shapes.skips)} unused skip connections; "
             f"expected {out_channels} and none"
         )

@@ -1,7 +1,7 @@
 """The one U-Net: a plain fp32 PyTorch module that runs a UNetConfig's block list.
 
 It is the numerical reference and the source of every export. Parameter names are ours; translators under
-engine/families/ rename a checkpoint's weights to them.
+engine/checkpoints/families/ rename a checkpoint's weights to them.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from engine.errors import ConfigError
 from engine.networks import config as c
-from engine.networks.layers import activate, make_block
+from engine.networks.blocks.base import Tensors
+from engine.networks.layers import activate
 from kernels import reference as ops
 
 
 class TimeEmbedding(nn.Module):
-    """Timestep (and label) to the stacked time projections of all ResBlocks: one linear layer for the network."""
+    """Timestep (and label) to the stacked time projections of all blocks: one linear layer for the network."""
 
     def __init__(self, config: c.UNetConfig | c.ClassifierConfig) -> None:
         super().__init__()
@@ -43,7 +45,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, timestep: Tensor, label: Tensor | None) -> tuple[Tensor, ...]:
         """timestep [B] float32, label as LabelInput says or None
-        -> one projection [B, C] for each ResBlock with one."""
+        -> one projection [B, C] for each block with one."""
         emb = self._mlp(timestep, self.linear1, self.linear2)
         if label is not None and self.label_input is not None and not self.label_projects:
             emb = emb + self._embed_label(label).to(emb.dtype)
@@ -86,10 +88,13 @@ class UNet(nn.Module):
     """epsilon_theta(x_t, t, conditions): a DDPM-family U-Net as its UNetConfig lists it."""
 
     def __init__(self, config: c.UNetConfig) -> None:
+        """Raises ConfigError for a block that gives a vector, which only a classifier may end with."""
         super().__init__()
         self.config = config
         self.time = TimeEmbedding(config)
-        self.blocks = nn.ModuleList(make_block(block) for block in config.blocks)
+        if pool := next((block for block in config.blocks if block.is_pool), None):
+            raise ConfigError(f"{type(pool).__name__} is not a U-Net block")
+        self.blocks = nn.ModuleList(block.module() for block in config.blocks)
         self.types: tuple[torch.dtype | None, ...] = (None,) * len(config.blocks)
         """What each block computes in, set by engine.networks.half.cast_unet; None: in what it is given."""
 
@@ -113,37 +118,12 @@ def run_blocks(
     projections: Iterator[Tensor],
     types: tuple[torch.dtype | None, ...] | None = None,
 ) -> Tensor:
-    """Run a block program on h [B, C, H, W], taking one time projection for each ResBlock that has one.
+    """Run a block program on h [B, C, H, W], taking one time projection for each block that has one.
 
     types: what each block computes in (engine.networks.half); None: all in the type of h.
     """
-    skips: list[Tensor] = []
-    image = h
+    tensors = Tensors(h, h, projections=projections)
     for block, module, dtype in zip(blocks, modules, types or (None,) * len(blocks), strict=True):
-        match block:
-            case c.Push():
-                skips.append(h)
-            case c.Pop():
-                h = _concatenate(h, skips.pop())
-            case c.ImageSave():
-                image = h
-            case c.ImageIn():
-                image = ops.fir_downsample(image)
-                h = h + module(image.to(dtype or image.dtype))
-            case c.ImageOut():
-                added = module(h.to(dtype or h.dtype))
-                image = added if block.is_first else added + ops.fir_upsample(image)
-            case c.ImageAdd():
-                h = h + ops.fir_upsample(image)
-            case c.ResBlock():
-                h = h.to(dtype or h.dtype)
-                h = module(h, next(projections).to(h.dtype) if block.has_projection else None)
-            case _:
-                h = module(h.to(dtype or h.dtype))
-    return h
-
-
-def _concatenate(h: Tensor, skip: Tensor) -> Tensor:
-    """Both along channels, in the wider of their types."""
-    wider = torch.promote_types(h.dtype, skip.dtype)
-    return torch.cat([h.to(wider), skip.to(wider)], dim=1)
+        tensors.dtype = dtype
+        block.run(module, tensors)
+    return tensors.h

@@ -16,7 +16,6 @@ import numpy as np
 from torch import Tensor
 
 from engine.errors import ExportError, MissingPackageError
-from engine.networks.layers import ResBlock
 from engine.networks.unet import UNet
 from export.int8.calibration import SMALLEST, best_scale, watch_inputs
 from export.onnx.onnx_file import EXTERNAL_DATA_BYTES
@@ -57,8 +56,9 @@ def quantise(path: Path, unet: UNet, calls: Sequence[Mapping[str, Tensor]]) -> t
 
 def calibrate(unet: UNet, calls: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     """The input scale of each convolution, by its name such as "blocks.3.conv1"."""
-    blocks = [name for name, block in unet.named_modules() if isinstance(block, ResBlock)]
-    seen = watch_inputs(unet, [f"{name}.{part}" for name in blocks for part in ("conv1", "conv2")], calls)
+    blocks = enumerate(unet.config.blocks)
+    names = [f"blocks.{index}.{part}" for index, block in blocks for part in block.int8_convolutions]
+    seen = watch_inputs(unet, names, calls)
     return {name: best_symmetric(found.values, max(-found.low, found.high)) for name, found in seen.items()}
 
 

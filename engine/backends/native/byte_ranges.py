@@ -1,6 +1,7 @@
 """8-bit convolutions of the CPU engine: which can be, and the file of a bundle that says which are.
 
-A ResBlock's 3x3 convolution whose input a norm writes for it alone can read that input as bytes. The file is JSON:
+A 3x3 convolution whose block lets it be (int8_convolutions) and whose input a norm writes for it alone can read that
+input as bytes. The file is JSON:
 
     {"format": 1, "convolutions": {"blocks.3.conv1": {"scale": 0.0123, "zero": 23}, ...}}
 """
@@ -54,7 +55,7 @@ def _can_read_bytes(program: Program, operator: Operator, names: Mapping[int, st
     if not is_plain or operator.kernel != 3 or len(operator.src) != 1:
         return False
     products = program.maps[operator.src[0]].channels * operator.kernel**2
-    return names[operator.weight].endswith((".conv1", ".conv2")) and products <= MOST_PRODUCTS
+    return names[operator.weight] in program.int8_names and products <= MOST_PRODUCTS
 
 
 def with_int8(program: Program, ranges: Mapping[str, ByteRange]) -> Program:

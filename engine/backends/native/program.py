@@ -5,7 +5,7 @@ kernels/native/include/unetrt_native.h says what the words and operators mean; t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from math import prod
@@ -183,7 +183,8 @@ class Program:
     """What a network's config asks of the engine; the values of the weights are no part of it.
 
     row_width: columns of the rows: the stacked time projections, in the order of engine.networks.unet.TimeEmbedding,
-    and behind them a classifier's label and factor.
+    and behind them a classifier's label and factor. int8_names: the convolutions that may be computed in 8 bits, as
+    their blocks say.
     """
 
     in_channels: int
@@ -192,6 +193,7 @@ class Program:
     maps: tuple[MapShape, ...]
     operators: tuple[Operator, ...]
     weights: tuple[Weight, ...]
+    int8_names: frozenset[str] = frozenset()
 
     @property
     def weight_count(self) -> int:
@@ -270,8 +272,8 @@ class Builder:
             self.emit(Operator(Code.CONCAT, self._joined[maps], maps))
         return self._joined[maps]
 
-    def build(self, in_channels: int, row_width: int, output: int) -> Program:
-        """The program whose result is the map `output`."""
+    def build(self, in_channels: int, row_width: int, output: int, int8_names: Iterable[str] = ()) -> Program:
+        """The program whose result is the map `output`. int8_names: as in Program."""
         self.emit(Operator(Code.OUTPUT, src=(output,)))
         return Program(
             in_channels,
@@ -280,4 +282,5 @@ class Builder:
             tuple(self._maps),
             tuple(self._operators),
             tuple(self._weights.values()),
+            frozenset(int8_names),
         )

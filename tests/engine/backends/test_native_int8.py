@@ -66,7 +66,7 @@ def one_convolution(channels: int, out: int, size: tuple[int, int], has_more: bo
         extra_weight=builder.weight("extra", out, channels) if has_more else -1,
     )  # fmt: skip
     builder.emit(operator)
-    return builder.build(channels, out + 1, dst)
+    return builder.build(channels, out + 1, dst, ["a.conv1"])
 
 
 def assert_exact(isa: Isa, program: Program, found: ByteRange, batch: int, seed: int) -> None:

@@ -8,9 +8,10 @@ from helpers import adm_unet, random_network
 from triton_cases import DEVICE, largest_error
 
 from engine.backends.eager.eager_backend import fuse
+from engine.networks.blocks.self_attention import AttentionModule
 from engine.networks.config import UNetConfig
 from engine.networks.half import cast_unet
-from engine.networks.layers import Attention, Normalise
+from engine.networks.layers import Normalise
 from engine.networks.operators import REFERENCE, TritonOperators
 from engine.networks.unet import UNet
 
@@ -48,7 +49,7 @@ def test_the_fused_network_is_the_network(config: UNetConfig) -> None:
 def test_every_block_changes_its_operators() -> None:
     plain, fused = pair(adm_unet())
     for network, expected in ((plain, REFERENCE), (fused, TritonOperators())):
-        found = [module.operators for module in network.modules() if isinstance(module, Normalise | Attention)]
+        found = [module.operators for module in network.modules() if isinstance(module, Normalise | AttentionModule)]
         assert found
         assert set(found) == {expected}
 
