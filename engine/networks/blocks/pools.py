@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engine.errors import ConfigError
 from engine.networks.blocks.base import Block, Shapes
+from engine.networks.blocks.target import ONE, Heads, Target
 from kernels import reference as ops
 
 
@@ -40,6 +41,12 @@ class AttentionPool(Block):
     def module(self) -> nn.Module:
         return AttentionPoolModule(self)
 
+    def lower(self, name: str, target: Target) -> None:
+        tokens = target.tokens(target.h, f"{name}.position")
+        qkv = target.conv(f"{name}.qkv", tokens, 3 * self.heads * self.head_dim, ONE)
+        mixed = target.attend(qkv, Heads(self.heads, self.head_dim))
+        target.h = target.classify(f"{name}.out", mixed, self.out_features)
+
 
 @dataclass(frozen=True, slots=True)
 class AveragePool(Block):
@@ -55,6 +62,9 @@ class AveragePool(Block):
 
     def module(self) -> nn.Module:
         return AveragePoolModule(self)
+
+    def lower(self, name: str, target: Target) -> None:
+        target.h = target.classify(f"{name}.linear", target.tokens(target.h), self.out_features)
 
 
 class AttentionPoolModule(nn.Module):

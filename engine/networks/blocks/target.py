@@ -116,6 +116,18 @@ class Target(Protocol):
         """kernels.reference.linear_attention with scale dim**-0.5; value_factor is on the pixels' values."""
         ...
 
+    def tokens(self, src: Operand, position_name: str = "") -> Operand:
+        """A map of height 1: the mean of all pixels, then each of them; with the weights `position_name`
+        [C, pixels + 1] added to them, if it names any."""
+        ...
+
+    def classify(self, name: str, tokens: Operand, classes: int) -> Operand:
+        """A classifier's last layer, `name`.weight [classes, C] and `name`.bias, on the first of the tokens.
+
+        log p(label) becomes the program's second result; what is returned is its gradient at the tokens.
+        """
+        ...
+
     def resample(self, src: Operand, how: Resample, fir: bool = False, add: Operand = ()) -> Operand:
         """Half or double the size by averaging or repeating, or with the filter (1, 3, 3, 1); then `add` is added."""
         ...
