@@ -1,0 +1,67 @@
+"""A backend of one's own: the network in ONNX's reference evaluator, slow and independent of every other library.
+
+Nothing has to be registered to use it: a Sampler takes any object of this form.
+
+    sampler = Sampler(ReferenceBackend.open(Bundle.open("ckpt.engine")))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.bundle.folder import Bundle
+from engine.bundle.manifest import ONNX_NAME, Manifest
+from engine.errors import BackendError, MissingPackageError
+
+NAME = "reference"
+
+
+def precisions() -> tuple[str, ...]:
+    """What it offers here, its default first."""
+    return ("fp32",)
+
+
+def reason_against(bundle: Bundle, precision: str | None) -> str | None:
+    """Why it cannot run this bundle here, or None."""
+    return None if bundle.has(ONNX_NAME) else f"the bundle holds no {ONNX_NAME}"
+
+
+class ReferenceBackend:
+    """See engine.backends.protocol.Backend."""
+
+    name, precision = NAME, "fp32"
+
+    def __init__(self, manifest: Manifest, evaluator: Any) -> None:
+        self.manifest, self.device = manifest, torch.device("cpu")
+        self._evaluator: Any = evaluator
+
+    @classmethod
+    def open(cls, bundle: Bundle) -> ReferenceBackend:
+        """Raises BackendError where it cannot run the bundle, MissingPackageError without onnx."""
+        if reason := reason_against(bundle, None):
+            raise BackendError(f"the {NAME} backend cannot be used: {reason}")
+        try:
+            from onnx.reference import ReferenceEvaluator
+        except ImportError as error:
+            raise MissingPackageError("onnx", f"the {NAME} backend", "onnx") from error
+        # Bundle.file checks the file's hash before it gives its path.
+        return cls(bundle.manifest, ReferenceEvaluator(str(bundle.file(ONNX_NAME))))
+
+    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+        """x_t [B, C, H, W] and timestep [B] float32 -> [B, C', H, W] float32; raises BackendError once closed."""
+        if self._evaluator is None:
+            raise BackendError("this backend was closed; open the bundle again")
+        named = {"x_t": x_t, "timestep": timestep, "y": y, "cond": cond}
+        feed = {
+            name: value.numpy()
+            for name, value in named.items()
+            if name in self._evaluator.input_names and value is not None
+        }
+        return torch.from_numpy(self._evaluator.run(None, feed)[0])
+
+    def close(self) -> None:
+        """Release the model."""
+        self._evaluator = None
