@@ -72,7 +72,7 @@ test-slow: venv
 
 # A broken link, a missing anchor, an undocumented public name or a foreign asset fails.
 docs: venv
-	DISABLE_MKDOCS_2_WARNING=true $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 gpu-check: venv
 	$(PY) -m benchmarks.gpu_check --out gpu_check

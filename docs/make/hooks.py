@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import sys
@@ -68,6 +69,17 @@ def foreign_assets(site: Path) -> Iterator[str]:
             yield f"{path.relative_to(site)}: {found[0][:120]}"
 
 
+def flags_table() -> str:
+    """Every flag for a fact of a checkpoint, as a table."""
+    from engine.checkpoints.facts import Facts, flag
+
+    lines = ["| flag | meaning | values |", "|---|---|---|"]
+    for fact in dataclasses.fields(Facts):
+        values = ", ".join(f"`{value}`" for value in fact.metadata.get("choices", ()))
+        lines.append(f"| `{flag(fact.name)}` | {fact.metadata['help']} | {values} |")
+    return "\n".join(lines)
+
+
 def _stop_at(faults: Sequence[str], what: str) -> None:
     if faults:
         from mkdocs.exceptions import Abort
@@ -82,6 +94,11 @@ def on_pre_build(config: Any) -> None:
 
     page = (Path(config.docs_dir) / "api.md").read_text(encoding="utf-8")
     _stop_at(list(undocumented(engine, page)), "public names of engine that are not documented:")
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Puts the table of flags where families.md asks for it."""
+    return markdown.replace("<!-- flags -->", flags_table()) if page.file.src_uri == "families.md" else markdown
 
 
 def on_post_build(config: Any) -> None:
