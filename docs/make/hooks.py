@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import html
 import inspect
 import re
 import sys
@@ -80,6 +82,42 @@ def flags_table() -> str:
     return "\n".join(lines)
 
 
+def messages() -> dict[str, list[tuple[str, str]]]:
+    """Error -> (message, file that raises it), from the raise statements of engine and export; "..." for values."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for path in sorted([*(ROOT / "engine").rglob("*.py"), *(ROOT / "export").rglob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
+                continue
+            error = ast.unparse(node.exc.func)
+            text = " ".join(_template(node.exc.args[0]).split())
+            if error.endswith("Error") and error not in ("ValueError", "MissingPackageError") and len(text) > 8:
+                found.setdefault(error, []).append((text, path.relative_to(ROOT).as_posix()))
+    return {error: sorted(set(rows)) for error, rows in sorted(found.items())}
+
+
+def _template(value: ast.expr) -> str:
+    match value:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(_template(part) for part in parts)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _template(left) + _template(right)
+        case _:
+            return "..."
+
+
+def messages_table() -> str:
+    """The messages as one table for each error."""
+    lines = []
+    for error, rows in messages().items():
+        lines += [f"### {error}", "", "| message | raised in |", "|---|---|"]
+        lines += [f"| {html.escape(text, quote=False).replace('|', '&#124;')} | `{file}` |" for text, file in rows]
+        lines.append("")
+    return "\n".join(lines)
+
+
 def _stop_at(faults: Sequence[str], what: str) -> None:
     if faults:
         from mkdocs.exceptions import Abort
@@ -97,8 +135,15 @@ def on_pre_build(config: Any) -> None:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Puts the table of flags where families.md asks for it."""
-    return markdown.replace("<!-- flags -->", flags_table()) if page.file.src_uri == "families.md" else markdown
+    """Puts what is made from the code where a page asks for it."""
+    makers = {
+        "families.md": ("<!-- flags -->", flags_table),
+        "troubleshooting.md": ("<!-- messages -->", messages_table),
+    }
+    if page.file.src_uri not in makers:
+        return markdown
+    mark, make = makers[page.file.src_uri]
+    return markdown.replace(mark, make())
 
 
 def on_post_build(config: Any) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.bundle.folder import Bundle
 from engine.bundle.manifest import ONNX_NAME, Manifest
 from engine.errors import BackendError, MissingPackageError
+from engine.networks.inputs import UNCONDITIONED, Conditions, Inputs
 
 NAME = "reference"
 
@@ -50,16 +51,12 @@ class ReferenceBackend:
         # Bundle.file checks the file's hash before it gives its path.
         return cls(bundle.manifest, ReferenceEvaluator(str(bundle.file(ONNX_NAME))))
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        """x_t [B, C, H, W] and timestep [B] float32 -> [B, C', H, W] float32; raises BackendError once closed."""
+    def __call__(self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED) -> Tensor:
+        """x_t [B, C, H, W], timestep [B] float32 -> [B, C', H, W] float32; raises BackendError once closed."""
         if self._evaluator is None:
             raise BackendError("this backend was closed; open the bundle again")
-        named = {"x_t": x_t, "timestep": timestep, "y": y, "cond": cond}
-        feed = {
-            name: value.numpy()
-            for name, value in named.items()
-            if name in self._evaluator.input_names and value is not None
-        }
+        # The graph's inputs have the names of the conditions: label and image.
+        feed = {name: value.numpy() for name, value in Inputs(x_t, timestep, conditions).tensors().items()}
         return torch.from_numpy(self._evaluator.run(None, feed)[0])
 
     def close(self) -> None:
