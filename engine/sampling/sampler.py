@@ -238,7 +238,8 @@ class Sampler:
     ) -> StepTable:
         """The table of a named sampler on this checkpoint's schedule; raises RequestError for an unknown name.
 
-        steps, eta, variance: as in sample(). plus_plus: for classifier-free guidance in the form of CFG++, which is one of ddim.
+        steps, eta, variance: as in sample(). plus_plus: for classifier-free guidance in the form of CFG++, which is one
+        of ddim.
         """
         if plus_plus and sampler != "ddim":
             raise RequestError(f"CFG++ goes along the unlabelled eps, which {sampler} does not; use ddim")
