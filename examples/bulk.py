@@ -34,4 +34,4 @@ def main(bundle: str, out: str, n: int = 300, steps: int = 20) -> BulkResult:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.argv[2])

@@ -34,4 +34,4 @@ def main(bundle: str, out: str, steps: int = 50) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.argv[2])

@@ -12,6 +12,7 @@ Lu et al., DPM-Solver++ (2022), appendix; "DPM++ 2M SDE" in other programs.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def sde_dpmpp_table(diffusion: Diffusion, steps: int) -> StepTable:
     half_log_snr = 0.5 * np.log(abar / (1 - abar))
     h = np.append(np.diff(half_log_snr), np.inf)  # the last row goes to sigma 0
     a, b = (values[::-1] for values in x0_coefficients(schedule, diffusion.prediction))
-    columns = {name: np.zeros(len(h)) for name in COLUMNS}
+    columns: dict[str, Any] = {name: np.zeros(len(h)) for name in COLUMNS}
     columns |= {"timestep": schedule.timesteps[::-1] * diffusion.timestep_scale, "A": a, "B": b}
     columns["clip"] = np.full(len(h), np.inf if diffusion.clip is None else diffusion.clip)
     towards_x0 = np.sqrt(prev) * -np.expm1(-2 * h)
@@ -54,4 +55,4 @@ def main(bundle: str, out: str, steps: int = 20) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.argv[2])

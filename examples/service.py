@@ -10,8 +10,10 @@ import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from engine import Sampler
 from engine.images import grid, save_png, to_uint8
@@ -22,14 +24,14 @@ class Service:
     def __init__(self, bundle: str, capacity: int = 8) -> None:
         self._sampler = Sampler.open(bundle)
         self._slots = Slots(self._sampler.backend, capacity)
-        self._waiting: queue.SimpleQueue = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work)
         self._thread.start()
 
-    def image(self, label: int, seed: int, steps: int = 20) -> Future:
+    def image(self, label: int, seed: int, steps: int = 20) -> Future[Tensor]:
         """One image [C, H, W] in [-1, 1], as a future; a bad request raises RequestError here."""
         (request,) = self._sampler.requests(1, self._sampler.table(steps, "ddim"), label, seed)
-        future: Future = Future()
+        future: Future[Tensor] = Future()
         self._waiting.put((request, future))
         return future
 
@@ -64,4 +66,4 @@ def main(bundle: str, out: str, steps: int = 10) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.argv[2])
