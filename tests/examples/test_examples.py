@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,16 @@ def test_bulk_resumes_where_it_stopped(example, digits_bundle, tmp_path, capsys)
 def test_the_own_solver_runs(example, digits_bundle, tmp_path):
     example("own_solver").main(digits_bundle, str(tmp_path / "own.png"), steps=4)
     assert cells(tmp_path / "own.png", 10, 2).max() > 200
+
+
+def test_the_python_of_the_readme_runs(digits_bundle, tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert "demo/digits.engine" in code
+    monkeypatch.chdir(tmp_path)
+    # Fewer images, so that it takes a second.
+    exec(compile(code.replace("demo/digits.engine", digits_bundle).replace("10,", "2,"), "README.md", "exec"), {})
+    assert len(list((tmp_path / "sevens").glob("*.png"))) == 2
 
 
 # The scheduler hands numpy a tensor.
