@@ -53,7 +53,8 @@ def _of_class(value: type, name: str, text: str) -> Iterator[str]:
         if not said:
             yield f"{name}.{method} has no docstring"
         elif not isinstance(member, property):
-            yield from _arguments(function, f"{name}.{method}", said)
+            # What all methods take alike is said once, of the class.
+            yield from _arguments(function, f"{name}.{method}", f"{said} {text}")
 
 
 def _arguments(function: Any, name: str, text: str) -> Iterator[str]:
