@@ -2,11 +2,12 @@
 
 Nothing has to be registered to use it: a Sampler takes any object of this form.
 
-    sampler = Sampler(ReferenceBackend.open(Bundle.open("ckpt.engine")))
+    sampler = Sampler(backend.open(Bundle.open("ckpt.engine"), None, None))
 """
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from engine.bundle.folder import Bundle
 from engine.bundle.manifest import ONNX_NAME, Manifest
-from engine.errors import BackendError, MissingPackageError
+from engine.errors import BackendError
 from engine.networks.inputs import UNCONDITIONED, Conditions, Inputs
 
 NAME = "reference"
+LIBRARIES: tuple[str, ...] = ("onnx",)
 
 
 def precisions() -> tuple[str, ...]:
@@ -27,7 +29,19 @@ def precisions() -> tuple[str, ...]:
 
 def reason_against(bundle: Bundle, precision: str | None) -> str | None:
     """Why it cannot run this bundle here, or None."""
+    if importlib.util.find_spec("onnx") is None:
+        return "onnx is not installed (pip install 'unet-rt[onnx]')"
     return None if bundle.has(ONNX_NAME) else f"the bundle holds no {ONNX_NAME}"
+
+
+def open(bundle: Bundle, precision: str | None, threads: int | None) -> ReferenceBackend:
+    """The bundle's network; threads are not its to choose. Raises BackendError where there is a reason against it."""
+    if reason := reason_against(bundle, precision):
+        raise BackendError(f"the {NAME} backend cannot be used: {reason}")
+    from onnx.reference import ReferenceEvaluator
+
+    # Bundle.file checks the file's hash before it gives its path.
+    return ReferenceBackend(bundle.manifest, ReferenceEvaluator(str(bundle.file(ONNX_NAME))))
 
 
 class ReferenceBackend:
@@ -38,18 +52,6 @@ class ReferenceBackend:
     def __init__(self, manifest: Manifest, evaluator: Any) -> None:
         self.manifest, self.device = manifest, torch.device("cpu")
         self._evaluator: Any = evaluator
-
-    @classmethod
-    def open(cls, bundle: Bundle) -> ReferenceBackend:
-        """Raises BackendError where it cannot run the bundle, MissingPackageError without onnx."""
-        if reason := reason_against(bundle, None):
-            raise BackendError(f"the {NAME} backend cannot be used: {reason}")
-        try:
-            from onnx.reference import ReferenceEvaluator
-        except ImportError as error:
-            raise MissingPackageError("onnx", f"the {NAME} backend", "onnx") from error
-        # Bundle.file checks the file's hash before it gives its path.
-        return cls(bundle.manifest, ReferenceEvaluator(str(bundle.file(ONNX_NAME))))
 
     def __call__(self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED) -> Tensor:
         """x_t [B, C, H, W], timestep [B] float32 -> [B, C', H, W] float32; raises BackendError once closed."""

@@ -75,7 +75,7 @@ def onnx_bundle(family, original, tmp_path) -> Path:
 
 def test_the_backend_makes_the_images_of_another_backend(example, onnx_bundle):
     bundle = Bundle.open(onnx_bundle)
-    own = Sampler(example("extend/backend").ReferenceBackend.open(bundle))
+    own = Sampler(example("extend/backend").open(bundle, None, None))
     ort = Sampler(OrtBackend(bundle.manifest, bundle.file(ONNX_NAME), "fp32", 1))
     made, wanted = (sampler.sample(2, steps=3, seed=4, batch_size=1) for sampler in (own, ort))
     assert (made - wanted).abs().max() <= 1e-4
@@ -85,4 +85,4 @@ def test_the_backend_makes_the_images_of_another_backend(example, onnx_bundle):
 
 def test_the_backend_says_what_it_lacks(example, digits_bundle):
     with pytest.raises(BackendError, match=r"the bundle holds no unet\.onnx"):
-        example("extend/backend").ReferenceBackend.open(Bundle.open(digits_bundle))
+        example("extend/backend").open(Bundle.open(digits_bundle), None, None)
