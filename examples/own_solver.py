@@ -39,6 +39,7 @@ def sde_dpmpp_table(diffusion: Diffusion, steps: int) -> StepTable:
     columns |= {"P": towards_x0 + before, "R": -before}
     columns["Q"] = np.sqrt((1 - prev) / (1 - abar)) * np.exp(-h)
     columns["S"] = np.sqrt((1 - prev) * -np.expm1(-2 * h))
+    columns["H"] = (1 - abar) / np.sqrt(abar)  # how a classifier's gradient moves x0
     columns |= {"K": np.sqrt(prev), "N": np.sqrt(1 - prev)}  # the level that a row goes to, for inpainting
     return StepTable(**columns)
 
