@@ -1,12 +1,13 @@
 # make demo: a fresh environment, the shipped checkpoint exported, a grid of digits.   make test: the tests.
 # make bench: the short form of every benchmark, and docs/benchmarks.md.
+# make docs: the documentation as a site, build/site.
 # make gpu-check: on a machine with a GPU, everything that needs one.   make native: the CPU engine and its tests.
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --progress-bar off -c constraints.txt
-EXTRAS := onnx,cpu,trt,train,bench,dev
+EXTRAS := onnx,cpu,trt,train,bench,docs,dev
 
 # Its metadata asks for torchvision, which nothing here needs and which would replace torch by a CUDA build.
 NO_DEPS := denoising-diffusion-pytorch
@@ -36,7 +37,7 @@ FAST_TESTS := tests/test_imports.py tests/engine
 WORKERS ?= auto
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: venv native demo check test test-slow bench gpu-check lint format clean
+.PHONY: venv native demo check docs test test-slow bench gpu-check lint format clean
 # Installing builds the library too.
 .NOTPARALLEL:
 
@@ -68,6 +69,10 @@ test: venv
 
 test-slow: venv
 	$(PYTEST) -m "slow and not gpu"
+
+# A broken link, a missing anchor, an undocumented public name or a foreign asset fails.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 gpu-check: venv
 	$(PY) -m benchmarks.gpu_check --out gpu_check

@@ -30,6 +30,9 @@ from engine.errors import (  # noqa: E402
 from engine.networks.config import UNetConfig  # noqa: E402
 from engine.sampling.sampler import Sampler  # noqa: E402
 
+__version__ = "0.1.0"
+"""The version of the package, which pyproject.toml reads here."""
+
 __all__ = [
     "BackendError",
     "BundleError",
@@ -48,6 +51,7 @@ __all__ = [
     "UNetConfig",
     "UNetRTError",
     "UnknownFamilyError",
+    "__version__",
     "ddim_table",
     "ddpm_table",
     "dpmpp_table",

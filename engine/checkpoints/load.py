@@ -25,10 +25,9 @@ from engine.networks.unet import UNet
 def load_checkpoint(path: str | Path, **facts: Any) -> Checkpoint:
     """Read a training checkpoint of any known family, a file or a folder; its content is never run.
 
-    facts: what the file does not hold, e.g. image_size=(32, 32), noise_schedule="cosine"
-    (engine.checkpoints.facts.Facts lists
-    them). Raises CheckpointError for a file that cannot be read or contradicts the facts, and UnknownFamilyError
-    with what was found and what each family would have needed.
+    path: of the file or folder. facts: what it does not hold, e.g. image_size=(32, 32), noise_schedule="cosine"
+    (engine.checkpoints.facts.Facts lists them). Raises CheckpointError for a file that cannot be read or contradicts
+    the facts, and UnknownFamilyError with what was found and what each family would have needed.
     """
     source = Path(path)
     said = make_facts(facts)

@@ -34,9 +34,11 @@ class Assumption:
 class Checkpoint:
     """A trained network in our terms; nothing here depends on the project that trained it.
 
+    family: the translator's name. config: what the network is.
     weights: float32 tensors under the parameter names of engine.networks.unet.UNet or
     engine.networks.classifier.Classifier.
     diffusion: schedule, prediction and sampling conventions. assumptions: every default that was taken.
+    sha256: of the file, in hexadecimal digits.
     """
 
     family: str
@@ -48,6 +50,7 @@ class Checkpoint:
 
     @property
     def is_classifier(self) -> bool:
+        """Whether it is a noise-conditioned classifier, and not a U-Net."""
         return isinstance(self.config, ClassifierConfig)
 
     def unet(self) -> UNet:

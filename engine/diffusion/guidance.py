@@ -39,9 +39,9 @@ class Guide(Protocol):
 class ClassifierGuidance:
     """Classifier guidance (Dhariwal & Nichol, 2021): algorithm 1 with a DDPM table, algorithm 2 with the others.
 
-    scale: gradient scale s; 0 switches guidance off. interval: training timesteps (log-SNR in continuous time) at
-    which it acts, ends included; at others an image is not guided, and a batch of such images calls no classifier.
-    Raises RequestError for an interval that ends before it begins.
+    guide: gives the classifier's gradient. scale: of that gradient, s in the paper; 0 switches guidance off. interval:
+    training timesteps (log-SNR in continuous time) at which it acts, ends included; at others an image is not guided,
+    and a batch of such images calls no classifier. Raises RequestError for an interval that ends before it begins.
     """
 
     guide: Guide

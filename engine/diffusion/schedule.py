@@ -98,7 +98,9 @@ class NoiseSchedule:
         return self.timesteps.astype(np.float64)
 
     def respaced(self, timesteps: NDArray[np.int64]) -> NoiseSchedule:
-        """The schedule that visits only these entries (ascending indices), with betas that keep alphas_cumprod.
+        """The schedule that visits only some entries, with betas that keep alphas_cumprod.
+
+        timesteps: indices of those entries, ascending.
 
         beta'_i = 1 - alphas_cumprod[t_i] / alphas_cumprod[t_{i-1}]; Improved DDPM (2021), eq. 19.
         """
@@ -117,6 +119,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> NoiseSchedule:
+        """The schedule whose to_dict gave this data."""
         return cls(np.array(data["betas"], dtype=np.float64), np.array(data.get("timesteps", []), dtype=np.int64))
 
 

@@ -197,8 +197,8 @@ def _descending(columns: dict[str, Float64]) -> StepTable:
 def ddpm_table(diffusion: Diffusion, steps: Steps, variance: Variance | None = None) -> StepTable:
     """Ancestral sampling, x_{t-1} ~ N(posterior mean(x0, x_t), var); DDPM (Ho et al., 2020), algorithm 2.
 
-    steps: a count or an improved-diffusion respacing string. variance: the checkpoint's own unless given.
-    Classifier guidance shifts the mean by var * grad (Dhariwal & Nichol, 2021, algorithm 1).
+    diffusion: the checkpoint's. steps: a count, a respacing string or ascending timesteps. variance: the checkpoint's
+    own unless given. Classifier guidance shifts the mean by var * grad (Dhariwal & Nichol, 2021, algorithm 1).
     """
     diffusion = _sliced(diffusion, steps)
     schedule = _visited(diffusion, steps)
@@ -230,6 +230,8 @@ def ddpm_table(diffusion: Diffusion, steps: Steps, variance: Variance | None = N
 
 def ddim_table(diffusion: Diffusion, steps: Steps, eta: float = 0.0) -> StepTable:
     """DDIM (Song et al., 2021), eq. 12 and 16; eta 0 is deterministic, eta 1 is DDPM with the posterior variance.
+
+    diffusion: the checkpoint's. steps: a count, a respacing string or ascending timesteps.
 
     eps is re-derived from the limited x0, as in guided-diffusion, or the network's own (Diffusion.keeps_eps). A
     classifier's gradient moves eps by -sqrt(1 - abar) grad (Dhariwal & Nichol, 2021, algorithm 2), which is H on x0.
@@ -296,6 +298,8 @@ def ddim_inversion_table(diffusion: Diffusion, steps: Steps) -> StepTable:
 def dpmpp_table(diffusion: Diffusion, steps: Steps) -> StepTable:
     """DPM-Solver++(2M), deterministic, second order, one network call a step; Lu et al. (2022), algorithm 2.
 
+    diffusion: the checkpoint's. steps: a count, a respacing string or ascending timesteps.
+
     With alpha = sqrt(abar), sigma = sqrt(1 - abar), lambda = log(alpha / sigma) and h = lambda' - lambda, ' being the
     level that a row goes to, and r = h_before / h:
 
@@ -325,6 +329,8 @@ _ADAMS_BASHFORTH[3] /= 24
 
 def plms_table(diffusion: Diffusion, steps: Steps) -> StepTable:
     """PLMS: DDIM with eta 0 on a linear multistep mean of the last four outs; Liu et al., PNDM (2022), eq. 12.
+
+    diffusion: the checkpoint's. steps: a count, a respacing string or ascending timesteps.
 
         x_prev = Q x_t + c (w0 out + w1 o1 + w2 o2 + w3 o3),    w of Adams and Bashforth, of rising order at the start
 

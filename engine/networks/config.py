@@ -160,10 +160,12 @@ class UNetConfig:
         return _projection_channels(self.blocks)
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
         return _config_to_dict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> UNetConfig:
+        """The config whose to_dict gave this data; raises ConfigError for anything else."""
         return cls(**_config_fields(data, cls))
 
 

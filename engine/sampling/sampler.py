@@ -41,7 +41,11 @@ __all__ = ["Labels", "Request", "Sampler", "Slots", "Step", "resize_condition"]
 
 
 class Sampler:
-    """Images from a bundle: opens a backend once and runs requests through its slots."""
+    """Images from a bundle: opens a backend once and runs requests through its slots.
+
+    backend: what runs the network; Sampler.open opens one. bundle: where it came from, for its classifier. threads: CPU
+    threads of that classifier, None for all cores.
+    """
 
     def __init__(self, backend: Backend, bundle: Bundle | None = None, threads: int | None = None) -> None:
         self.backend, self._bundle, self._threads = backend, bundle, threads
@@ -57,12 +61,16 @@ class Sampler:
         precision: str | None = None,
         threads: int | None = None,
     ) -> Sampler:
-        """Open a bundle; see engine.open_backend for the arguments and errors."""
+        """Open a bundle; see engine.open_backend for the errors.
+
+        bundle: its folder. backend: "auto", or the name of one. precision: None for the backend's default. threads: CPU
+        threads, None for all cores.
+        """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         return cls(open_backend(opened, backend, precision, threads), opened, threads)
 
     def classifier_guidance(self, scale: float = 1.0) -> ClassifierGuidance:
-        """Guidance of this strength by the bundle's own classifier, whose gradient was exported as a graph.
+        """Guidance of strength scale by the bundle's own classifier, whose gradient was exported as a graph.
 
         The graph runs in the backend's library where it can (see engine.backends.registry.open_guide); torch autograd
         is not used. Raises BundleError where the bundle holds no classifier, RequestError where no bundle was opened.
@@ -91,7 +99,7 @@ class Sampler:
         return self._finish(self._plan(n, **options))
 
     def stream(self, n: int, **options: Unpack[Options]) -> Iterator[Preview]:
-        """What sample() makes, step by step: after each step of each image its x0 so far, and at the end the image.
+        """What sample(n) makes, step by step: after each step of each image its x0 so far, and at the end the image.
 
         Images come as their slots do: up to batch_size in turn. Bad options raise RequestError at the call.
         """
@@ -109,7 +117,7 @@ class Sampler:
         return progress
 
     def interpolate(self, first_seed: int, second_seed: int, n: int, **options: Unpack[Options]) -> Tensor:
-        """n images from that of one seed to that of another, both included, [n, C, H, W]; n is 2 or more.
+        """n images from that of first_seed to that of second_seed, both included, [n, C, H, W]; n is 2 or more.
 
         The start noises lie on a great circle, at equal angles: Song et al., DDIM (2021), appendix D.5. labels, where
         None, are drawn from the first seed. Raises RequestError for a sampler that adds noise.
@@ -194,7 +202,8 @@ class Sampler:
     ) -> Tensor:  # fmt: skip
         """The variational bound of images [n, C, H, W] in [-1, 1] in bits per dimension, [n]; lower is likelier.
 
-        steps: all of training's unless given. labels: None is the null class. The noise of image i is that of seed
+        steps: all of training's unless given. labels: None is the null class. cond: as in sample(). batch_size: images
+        of one call of the network. The noise of image i is that of seed
         seed + i. Improved DDPM (2021), eq. 4 to 7, as OpenAI's code evaluates it. Raises RequestError.
         """
         x0 = self._images(images)
@@ -229,7 +238,8 @@ class Sampler:
     ) -> StepTable:
         """The table of a named sampler on this checkpoint's schedule; raises RequestError for an unknown name.
 
-        plus_plus: for classifier-free guidance in the form of CFG++, which is one of ddim.
+        steps, eta, variance: as in sample(). plus_plus: for classifier-free guidance in the form of CFG++, which is one
+        of ddim.
         """
         if plus_plus and sampler != "ddim":
             raise RequestError(f"CFG++ goes along the unlabelled eps, which {sampler} does not; use ddim")
@@ -258,7 +268,10 @@ class Sampler:
         cond: Tensor | None = None,
         cfg_scale: float | ClassifierFreeGuidance = 1.0,
     ) -> list[Request]:
-        """The n requests of sample(), checked; see there."""
+        """The n requests of sample(), checked: labels, seed, seeds, guidance, cond and cfg_scale are as there.
+
+        table: of coefficients, of table() or one's own.
+        """
         return make_requests(
             self.config,
             n,
@@ -281,7 +294,8 @@ class Sampler:
         """Every step of every request, as they happen; a finished image's slot goes to the next request.
 
         On a GPU a step whose image is not finished must be read, if at all, before the next is asked for (see Step).
-        batch_size: the largest batch of the network.
+        requests: as many as are wanted, taken when a slot is free. guidance: the classifier of all that have a scale.
+        noise: where normals come from. batch_size: the largest batch of the network.
         """
         self._check_run(guidance, batch_size)
         waiting = iter(requests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 
 import pytest
@@ -26,6 +27,7 @@ PUBLIC = {
     "UNetConfig",
     "UNetRTError",
     "UnknownFamilyError",
+    "__version__",
     "ddim_table",
     "ddpm_table",
     "dpmpp_table",
@@ -40,7 +42,11 @@ def test_all_is_exact():
     assert sorted(engine.__all__) == engine.__all__
 
 
-@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_the_version_is_that_of_the_installed_package():
+    assert engine.__version__ == importlib.metadata.version("unet-rt")
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC - {"__version__"}))
 def test_public_names_are_documented(name):
     value = getattr(engine, name)
     # dataclass writes a docstring of its own where there is none: the name and the fields.
