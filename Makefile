@@ -30,8 +30,9 @@ NATIVE := $(if $(and $(shell command -v cmake),$(shell command -v c++ || command
 
 CPP_SOURCES := $(wildcard kernels/native/*/*.cpp kernels/native/*/*.h)
 
-# The tests of `make check`: parts that need no exported bundle, no benchmark and no interpreted kernel.
-FAST_TESTS := tests/test_imports.py tests/engine
+# The tests of `make check`: a tenth of the time of all. What exports, compiles or runs many networks is left out.
+FAST_TESTS := tests/test_imports.py $(addprefix tests/engine/,bundle checkpoints cli diffusion sampling \
+    test_files.py test_images.py test_surface.py) -k "not export and not graph_slots and not mixed_batch"
 
 # Tests run on as many workers as there are cores (tests/conftest.py). WORKERS=0: one after the other, for a debugger.
 WORKERS ?= auto
