@@ -82,7 +82,7 @@ def change_json(path: Any, **values: Any) -> None:
 
 
 def call(model: Any, seed: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Random inputs x_t, timestep and y, and the library's result."""
+    """Random inputs x_t, timestep and label, and the library's result."""
     rng, options = torch.Generator().manual_seed(seed), model.config
     size = options.sample_size if isinstance(options.sample_size, list | tuple) else (options.sample_size,) * 2
     inputs = {
@@ -90,11 +90,11 @@ def call(model: Any, seed: int) -> tuple[dict[str, Tensor], Tensor]:
         "timestep": torch.tensor([1.0, 420.0, 999.0]),
     }
     if model.class_embedding is not None:
-        inputs["y"] = torch.tensor([1, 2, 6])
+        inputs["label"] = torch.tensor([1, 2, 6])
         if options.class_embed_type == "identity":
-            inputs["y"] = torch.randn(3, model.time_embedding.linear_2.out_features, generator=rng)
+            inputs["label"] = torch.randn(3, model.time_embedding.linear_2.out_features, generator=rng)
     with torch.inference_mode():
-        return inputs, model(inputs["x_t"], inputs["timestep"].long(), inputs.get("y")).sample
+        return inputs, model(inputs["x_t"], inputs["timestep"].long(), inputs.get("label")).sample
 
 
 def assert_same_network(model: Any, folder: Any, seed: int = 0, **facts: Any) -> None:

@@ -22,6 +22,7 @@ from engine.bundle.manifest import WEIGHTS_NAME
 from engine.cli import sample as cli_sample
 from engine.cli.command import run_command
 from engine.errors import OutputError
+from engine.networks.unet import UNet
 from engine.sampling.sampler import Sampler
 
 pytestmark = pytest.mark.usefixtures("no_native_engine")
@@ -300,7 +301,11 @@ def test_images_of_a_network_that_overflows(tmp_path, monkeypatch, bundle):
     """NaN from a network is an error and no black square."""
     broken = tmp_path / "b.engine"
     shutil.copytree(bundle, broken)
-    monkeypatch.setattr("engine.networks.unet.UNet.forward", lambda self, x_t, *_: torch.full_like(x_t, torch.nan))
+
+    def forward(_self: UNet, x_t: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return torch.full_like(x_t, torch.nan)
+
+    monkeypatch.setattr(UNet, "forward", forward)
     outcome = sample(broken, "-n", 1, "--out", tmp_path / "o")
     assert "hold NaN" in outcome.error
     assert names(tmp_path / "o") == []
