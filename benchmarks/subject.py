@@ -24,20 +24,6 @@ from export.verify import real_cases
 Name = tuple[str, str]
 """A backend and its precision, ("ov", "fp32") say."""
 
-EVERY: tuple[Name, ...] = (
-    ("trt", "fp16"),
-    ("native", "int8"),
-    ("native", "bf16"),
-    ("native", "fp32"),
-    ("ov", "bf16"),
-    ("ov", "fp32"),
-    ("ort", "fp32"),
-    ("ort", "fp16"),
-    ("eager", "fp16"),
-    ("eager", "fp32"),
-)
-"""What is tried unless variants are named."""
-
 
 def parse_names(text: str) -> tuple[Name, ...]:
     """("ov", "fp32") and others from "ov:fp32,ort:fp32"; raises RequestError."""

@@ -14,8 +14,8 @@ from native_cases import instruction_sets
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import engine.backends
 from engine import BackendError, BundleError, CheckpointError, ExportError, RequestError, Sampler, load_checkpoint
+from engine.backends import ort, ov
 from engine.backends.native.native_guide import NativeGuide
 from engine.backends.ort.ort_backend import OrtGuide
 from engine.backends.ov.ov_backend import OpenVINOGuide
@@ -415,7 +415,7 @@ def test_library_of_the_guide(made, monkeypatch, caplog):
     caplog.set_level("INFO", logger="engine.backends")
     for backend, precision in (("auto", None), ("native", "fp32"), ("eager", "fp16")) if native_precisions() else ():
         assert isinstance(open_guide(made.bundle, backend, precision), NativeGuide)
-    monkeypatch.setattr(engine.backends, "_native_reason", lambda: "it was not built")
+    monkeypatch.setattr(library, "reason_against", lambda: "it was not built")
     assert isinstance(open_guide(made.bundle), OpenVINOGuide)
     assert caplog.messages[-1] == "classifier on ov in fp32 (native: it was not built)"
     assert isinstance(open_guide(made.bundle, "eager"), OpenVINOGuide)
@@ -426,10 +426,13 @@ def test_library_of_the_guide(made, monkeypatch, caplog):
     assert caplog.messages[-1] == "classifier on ort in fp16"
     wanted = case(made.network, 4)
     assert 1e-6 < relative(half(*wanted.inputs())[0], wanted.grad) < LIMITS["fp16"]
-    monkeypatch.setattr(engine.backends, "_missing", lambda module, extra: lambda: f"{module} is not installed")
-    with pytest.raises(
-        BackendError, match="can run the bundle's classifier: it was not built; openvino is not installed; onnxr"
-    ):
+    monkeypatch.setattr(ov, "_missing", lambda: "openvino is not installed")
+    monkeypatch.setattr(ort, "_missing", lambda: "onnxruntime is not installed")
+    reasons = (
+        "native: it was not built; ov: openvino is not installed; ort: onnxruntime is not installed; "
+        "trt: .* holds no TensorRT plan of its classifier"
+    )
+    with pytest.raises(BackendError, match=f"can run the bundle's classifier: {reasons}"):
         open_guide(made.bundle)
 
 

@@ -151,15 +151,6 @@ def gpu_capability() -> str:
     return f"sm{major}{minor}"
 
 
-def reason_against(bundle: Bundle, precision: str | None) -> str | None:
-    """Why this machine cannot run the bundle's U-Net as a plan, or None."""
-    try:
-        find_plans(bundle, "unet", precision)
-    except BackendError as error:
-        return str(error)
-    return None
-
-
 @functools.cache
 def load_library(name: str) -> Library | None:
     """`tensorrt` or `tensorrt_rtx`; None where it, or a library that it loads, is not installed."""
