@@ -19,7 +19,7 @@ from engine.checkpoints.types import build_unet
 from engine.errors import BackendError, RequestError, UNetRTError
 from engine.networks.inputs import Inputs, join_inputs
 from engine.networks.unet import UNet
-from export.verify import real_cases
+from export.subject import real_cases
 
 Name = tuple[str, str]
 """A backend and its precision, ("ov", "fp32") say."""

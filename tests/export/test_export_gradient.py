@@ -22,6 +22,7 @@ from engine.backends.ov.ov_backend import OpenVINOGuide
 from engine.backends.registry import open_guide
 from engine.bundle.folder import Bundle, write_manifest
 from engine.bundle.manifest import CLASSIFIER_FP16_NAME, CLASSIFIER_NAME, CLASSIFIER_WEIGHTS_NAME
+from engine.checkpoints.types import Checkpoint
 from engine.diffusion.guidance import ClassifierGuidance
 from engine.networks.classifier import AutogradGuide, Classifier
 from export import guide as guidance
@@ -29,6 +30,7 @@ from export import to_onnx, to_trt
 from export.guide import GAINS, LIMITS, ClassifierResult, GuideCase, export_classifier
 from export.onnx import gradient, gradient_rules
 from export.onnx.onnx_file import has_wide_products
+from export.subject import Subject, make_subject
 from export.to_onnx import export_bundle
 from export.trt.build import find_builders
 
@@ -65,7 +67,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     classifier = write_checkpoint(folder / "clf.pt", CLASSIFIER, seed=1)
     # The U-Net's own export has its tests; here its weights are enough.
     path = write_bundle(folder / "net.engine", UNET)
-    result = export_classifier(path, load_checkpoint(classifier, **FACTS), load_checkpoint(unet, **FACTS), fp16=True)
+    subject = make_subject(load_checkpoint(unet, **FACTS))
+    result = export_classifier(path, load_checkpoint(classifier, **FACTS), subject, fp16=True)
     manifest = dataclasses.replace(
         Bundle.open(path).manifest,
         classifier=result.entry,
@@ -331,7 +334,7 @@ def test_gain_saves_the_gradient_of_a_confident_classifier(confident):
 
 
 def case_at_1(network: Classifier, given: GuideCase) -> Tensor:
-    return AutogradGuide(network)(given.x_t, given.timestep, given.y, torch.ones(4))[0]
+    return AutogradGuide(network)(given.x_t, given.timestep, given.label, torch.ones(4))[0]
 
 
 def test_calibration_refuses_a_gradient_that_overflows_with_every_gain(monkeypatch, confident):
@@ -485,8 +488,8 @@ def test_export_puts_the_classifier_into_the_bundle(made, tmp_path, monkeypatch)
     entry, measured = made.bundle.manifest.classifier, made.bundle.manifest.verification
     seen = []
 
-    def write(folder: Path, *arguments: object) -> ClassifierResult:
-        seen.append(arguments)
+    def write(folder: Path, given: Checkpoint, subject: Subject, fp16: bool) -> ClassifierResult:
+        seen.append((given, subject.checkpoint, fp16))
         (folder / CLASSIFIER_NAME).write_bytes(b"a graph")
         return ClassifierResult(entry, measured, {CLASSIFIER_NAME: "fp32 throughout"})
 
