@@ -31,9 +31,9 @@ from engine.networks.config import UNetConfig
 from engine.networks.inputs import Inputs
 from engine.networks.layers import Normalise, activate
 from engine.networks.unet import UNet
+from export.fp32_parts import find_fp32_parts
 from export.int8.native_int8 import calibrate as calibrate_native
 from export.int8.quantise import quantise
-from export.fp32_parts import find_fp32_parts
 from export.precision import Precision, typed_unet
 from export.to_onnx import export_onnx
 
