@@ -32,13 +32,14 @@ from benchmarks.export_picture import draw
 from benchmarks.export_run import PHASES, ExportRun, run_export
 from benchmarks.harness import make_parser, run_benchmark
 from benchmarks.report import Check, Missing, Report, Row
+from engine.backends.trt.trt_library import PIP_LINES, RTX
 from engine.bundle.folder import Bundle, is_bundle
 from engine.bundle.manifest import WEIGHTS_NAME
 from engine.checkpoints.facts import add_fact_arguments, facts_from_arguments
 from engine.errors import MissingPackageError, RequestError
 from engine.files import atomic_folder, make_folder
 from export.to_trt import parse_targets
-from export.trt.build import RTX_PIP_LINE, find_builders
+from export.trt.build import find_builders
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ def usable_targets(given: tuple[str, ...] | None, short: bool) -> tuple[tuple[st
     if given is None and short:
         return None, (Missing("onnx + plan", f"not in the short form; add --targets {DEFAULT_TARGETS[0]}"),)
     if importlib.util.find_spec("tensorrt_rtx") is None:
-        return None, (Missing("onnx + plan", f"TensorRT-RTX is not installed; install it with: {RTX_PIP_LINE}"),)
+        return None, (Missing("onnx + plan", f"TensorRT-RTX is not installed; install it with: {PIP_LINES[RTX]}"),)
     targets = given or DEFAULT_TARGETS
     find_builders(targets)
     return targets, ()

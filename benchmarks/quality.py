@@ -28,7 +28,8 @@ from benchmarks.quality_checks import cell_checks, finite_check, likelihood_chec
 from benchmarks.quality_plot import REAL, draw
 from benchmarks.quality_run import Cell, Request, bound_row, classes_in_turn, make_cell, samples_row, save_cell
 from benchmarks.report import Check, Missing, Report, Row
-from benchmarks.subject import EVERY, Name, describe_bundle, open_variants, parse_names
+from benchmarks.subject import Name, describe_bundle, open_variants, parse_names
+from engine.backends.registry import variants
 from engine.bundle.folder import Bundle
 from engine.errors import BackendError, RequestError
 from engine.files import file_sha256
@@ -194,7 +195,7 @@ def _row_of(name: str, images: ImageSet, judged: Judgement) -> Row:
 @contextmanager
 def _opened(args: argparse.Namespace, bundle: Bundle) -> Iterator[tuple[Mapping[str, Sampler], Sequence[Missing]]]:
     """The variants that open, closed again at the end; one in fp32 is always asked for."""
-    names = parse_names(args.variants) if args.variants else EVERY
+    names = parse_names(args.variants) if args.variants else variants()
     if all(precision != "fp32" for _, precision in names):
         names = (*names, FP32_REFERENCE)
     backends, missing = open_variants(bundle, names, args.threads)

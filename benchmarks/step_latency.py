@@ -39,9 +39,9 @@ from benchmarks.step_measure import (
     start_growth,
 )
 from benchmarks.step_picture import draw
-from benchmarks.subject import EVERY, Name, RealInputs, describe_bundle, open_variants, parse_names, real_inputs
+from benchmarks.subject import Name, RealInputs, describe_bundle, open_variants, parse_names, real_inputs
 from engine.backends.protocol import Backend
-from engine.backends.registry import open_backend
+from engine.backends.registry import open_backend, variants
 from engine.bundle.folder import Bundle
 from engine.errors import BackendError, RequestError, UNetRTError
 from export.verify import Difference
@@ -93,7 +93,7 @@ def make_options(args: argparse.Namespace) -> Options:
         raise RequestError(f"--baseline names {len(baselines)} variants; expected one")
     return Options(
         kind=StepKind(args.sampler, args.steps, args.guided),
-        names=EVERY if args.variants is None else parse_names(args.variants),
+        names=variants() if args.variants is None else parse_names(args.variants),
         baseline=baselines[0],
         batches=_batches(args.batches, args.short),
         rounds=rounds,

@@ -19,24 +19,10 @@ from engine.checkpoints.types import build_unet
 from engine.errors import BackendError, RequestError, UNetRTError
 from engine.networks.inputs import Inputs, join_inputs
 from engine.networks.unet import UNet
-from export.verify import real_cases
+from export.subject import real_cases
 
 Name = tuple[str, str]
 """A backend and its precision, ("ov", "fp32") say."""
-
-EVERY: tuple[Name, ...] = (
-    ("trt", "fp16"),
-    ("native", "int8"),
-    ("native", "bf16"),
-    ("native", "fp32"),
-    ("ov", "bf16"),
-    ("ov", "fp32"),
-    ("ort", "fp32"),
-    ("ort", "fp16"),
-    ("eager", "fp16"),
-    ("eager", "fp32"),
-)
-"""What is tried unless variants are named."""
 
 
 def parse_names(text: str) -> tuple[Name, ...]:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.backends.registry import AUTO, NAMES
 from engine.checkpoints.facts import add_fact_arguments
 from engine.cli.command import run_command
 from engine.cli.info import info
@@ -67,9 +68,9 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", type=Path, help="one PNG with all images, without gaps")
     parser.add_argument("--columns", type=int, help="columns of the grid (default: one row a class, or a square)")
     parser.add_argument("--enlarge", type=int, default=1, help="integer enlargement of the grid (default 1)")
-    parser.add_argument("--backend", default="auto", help="auto, trt, native, ov, ort or eager (default auto)")
+    parser.add_argument("--backend", default=AUTO, help=f"{', '.join(NAMES)}, or {AUTO} for the fastest here (default)")
     parser.add_argument(
-        "--precision", help="fp32, or bf16 (native, ov), int8 (native), fp16 (ort, eager on CUDA), or a plan's (trt)"
+        "--precision", help="fp32, bf16, fp16 or int8, where the backend has it (default: the backend's own choice)"
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--batch-size", type=int, default=16, help="largest batch of the network (default 16)")

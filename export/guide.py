@@ -1,6 +1,6 @@
 """A classifier's gradient graph in a bundle: written, its float16 gain calibrated, measured against autograd.
 
-The states x_t that judge the U-Net (export.verify) judge the classifier too, with labels from first to last. Every
+The states x_t that judge the U-Net (export.subject) judge the classifier too, with labels from first to last. Every
 runtime gets them one by one and in batches of several sizes, and autograd on the fp32 classifier says what is right.
 """
 
@@ -17,7 +17,6 @@ from engine.backends.native.native_backend import find_isa
 from engine.backends.native.native_guide import NativeGuide
 from engine.backends.ort.ort_backend import OrtGuide
 from engine.backends.ov.ov_backend import OpenVINOGuide
-from engine.bundle.from_checkpoint import checkpoint_manifest
 from engine.bundle.manifest import (
     CLASSIFIER_FP16_NAME,
     CLASSIFIER_NAME,
@@ -31,7 +30,8 @@ from engine.networks.classifier import AutogradGuide, Classifier
 from engine.networks.inputs import Inputs, join_inputs
 from export.onnx.gradient import GradientGraph, export_gradient, half_classifier, trace_gradient
 from export.precision import GpuHalf
-from export.verify import Difference, check, real_cases
+from export.subject import Subject
+from export.verify import Difference, check
 from export.weights import save_weights
 
 BATCHES = (1, 2, 5, 8)
@@ -68,23 +68,23 @@ LOG_P_LIMITS = {
 FP16_CLASSIFIER = "fp16 weights and activations; fp32: norms, softmax, logits, cotangent, x_t, grad; gain {gain:g}"
 
 Guide = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(x_t, timestep, y, scale) -> (grad, log_p), as engine.diffusion.guidance.Guide is called."""
+"""(x_t, timestep, label, scale) -> (grad, log_p), as engine.diffusion.guidance.Guide is called."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GuideCase:
-    """One call and autograd's answer: x_t [B, C, H, W], timestep, scale [B] float32, y [B] int64; grad, log_p."""
+    """One call and autograd's answer: x_t [B, C, H, W], timestep, scale [B] float32, label [B] int64; grad, log_p."""
 
     x_t: Tensor
     timestep: Tensor
-    y: Tensor
+    label: Tensor
     scale: Tensor
     grad: Tensor
     log_p: Tensor
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What a guide is called with."""
-        return self.x_t, self.timestep, self.y, self.scale
+        return self.x_t, self.timestep, self.label, self.scale
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,16 +109,16 @@ def check_fit(classifier: Checkpoint, checkpoint: Checkpoint) -> None:
         )
 
 
-def export_classifier(folder: Path, classifier: Checkpoint, checkpoint: Checkpoint, fp16: bool) -> ClassifierResult:
+def export_classifier(folder: Path, classifier: Checkpoint, subject: Subject, fp16: bool) -> ClassifierResult:
     """Write classifier.onnx (and classifier.fp16.onnx) and its weights into folder and measure what can run here.
 
-    checkpoint: the U-Net whose trajectories give x_t. Raises CheckpointError for a classifier that does not fit it,
-    ExportError for a graph that cannot be built or differs from autograd by too much, OSError.
+    subject: the U-Net that it guides, whose trajectories give x_t. fp16: whether classifier.fp16.onnx is made. Raises
+    CheckpointError for a classifier that does not fit it, ExportError for a graph that cannot be built or differs from
+    autograd by too much, OSError.
     """
-    check_fit(classifier, checkpoint)
+    check_fit(classifier, subject.checkpoint)
     network = classifier.classifier()
-    calls = real_cases(checkpoint.unet(), checkpoint_manifest(checkpoint))
-    cases = guide_cases(network, calls)
+    cases = guide_cases(network, subject.cases)
     precision = dict.fromkeys((CLASSIFIER_NAME, CLASSIFIER_WEIGHTS_NAME), "fp32 throughout")
     export_gradient(network, folder / CLASSIFIER_NAME)
     save_weights(classifier.weights, folder / CLASSIFIER_WEIGHTS_NAME)
@@ -142,11 +142,14 @@ def export_classifier(folder: Path, classifier: Checkpoint, checkpoint: Checkpoi
     )
 
 
-def guide_cases(classifier: Classifier, calls: Sequence[Inputs]) -> tuple[GuideCase, ...]:
-    """States of real trajectories in batches of every size of BATCHES, each with a label and a scale of its own."""
-    rows = join_inputs([call for call in calls if not call.is_single])
+def guide_cases(classifier: Classifier, cases: Sequence[Inputs]) -> tuple[GuideCase, ...]:
+    """States of real trajectories in batches of every size of BATCHES, each with a label and a scale of its own.
+
+    cases: of the U-Net, as export.subject.real_cases gives them.
+    """
+    rows = join_inputs([case for case in cases if not case.is_single])
     reference = AutogradGuide(classifier)
-    classes, cases, start = classifier.config.num_classes, [], 0
+    classes, made, start = classifier.config.num_classes, [], 0
     for batch in BATCHES:
         index = [(start + i) % len(rows.x_t) for i in range(batch)]
         start += batch
@@ -154,11 +157,11 @@ def guide_cases(classifier: Classifier, calls: Sequence[Inputs]) -> tuple[GuideC
         # By turns the class that the classifier sees, whose gradient is small, and any class; scales 1, 2, 4.
         with torch.no_grad():
             seen = classifier(x_t, timestep).argmax(dim=1)
-        y = torch.tensor([int(seen[k]) if i % 2 else (i * 7 + 3) % classes for k, i in enumerate(index)])
+        label = torch.tensor([int(seen[k]) if i % 2 else (i * 7 + 3) % classes for k, i in enumerate(index)])
         scale = torch.tensor([2.0 ** (i % 3) for i in index])
-        inputs = (x_t, timestep, y, scale)
-        cases.append(GuideCase(*inputs, *reference(*inputs)))
-    return tuple(cases)
+        inputs = (x_t, timestep, label, scale)
+        made.append(GuideCase(*inputs, *reference(*inputs)))
+    return tuple(made)
 
 
 def calibrate(half: Classifier, cases: Sequence[GuideCase]) -> tuple[float, torch.fx.GraphModule]:
@@ -228,9 +231,9 @@ def _guides(folder: Path, network: Classifier, half: GradientGraph | None) -> It
 
 
 def _rounding_as_a_gpu(half: GradientGraph) -> Guide:
-    def run(x_t: Tensor, timestep: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def run(x_t: Tensor, timestep: Tensor, label: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         with GpuHalf(), torch.no_grad():
-            return half(x_t, timestep, y, scale)
+            return half(x_t, timestep, label, scale)
 
     return run
 
@@ -244,7 +247,7 @@ def measure_guide(
         grad, log_p = guide(*case.inputs())
         grads.add(grad, case.grad)
         log_ps.add(log_p, case.log_p)
-    off, _ = guide(cases[-1].x_t, cases[-1].timestep, cases[-1].y, torch.zeros_like(cases[-1].scale))
+    off, _ = guide(cases[-1].x_t, cases[-1].timestep, cases[-1].label, torch.zeros_like(cases[-1].scale))
     if bool((off != 0).any()):
         raise ExportError(f"{artefact} on {runner}: a scale of 0 gives a gradient other than 0; do not use it")
 

@@ -8,7 +8,7 @@ every library reads the same types from the file. Four things stay in float32 in
     softmax                     exponentials of attention scores span more than half precision's range
     network input and output    the sampler's state is float32; the casts fuse into the neighbouring kernels
 
-export.planner names further parts for the network at hand.
+export.fp32_parts names further parts for the network at hand.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from engine.backends.native.byte_ranges import write_ranges
 from engine.bundle.folder import Bundle, is_bundle, write_manifest
-from engine.bundle.from_checkpoint import checkpoint_manifest
 from engine.bundle.manifest import (
     CLASSIFIER_FP16_NAME,
     CLASSIFIER_NAME,
@@ -37,16 +36,16 @@ from engine.errors import CheckpointError, ExportError, MissingPackageError
 from engine.files import atomic_folder, make_folder
 from engine.networks.config import LabelInput, UNetConfig
 from engine.networks.half import norm_names
-from engine.networks.inputs import Inputs
 from engine.networks.unet import UNet
 from export import arguments as cli
+from export.fp32_parts import Fp32Part, find_fp32_parts
 from export.guide import check_fit, export_classifier
 from export.int8.native_int8 import choose_int8, describe_int8
 from export.int8.quantise import quantise
 from export.onnx.onnx_file import OPSET, quiet_exporter, save_program
-from export.planner import Fp32Part, plan_fp16
 from export.precision import NOTES, Precision, typed_unet
-from export.verify import Typed, real_cases, verify
+from export.subject import Subject, make_subject
+from export.verify import Typed, verify
 from export.weights import save_weights
 
 logger = logging.getLogger(__name__)
@@ -77,36 +76,35 @@ def export_bundle(
     or differs by too much, OutputError for a folder that cannot be written or is no bundle, MissingPackageError without
     onnx.
     """
-    unet, manifest = checkpoint.unet(), checkpoint_manifest(checkpoint)
     _check_packages()
     if classifier is not None:
         check_fit(classifier, checkpoint)
     make_folder(Path(out).absolute().parent)
     notes = dict.fromkeys((WEIGHTS_NAME, ONNX_NAME), NOTES[Precision.FP32])
-    cases = real_cases(unet, manifest)
+    subject = make_subject(checkpoint)
     parts: tuple[Fp32Part, ...] = ()
     typed: Typed | None = None
     with atomic_folder(Path(out), is_bundle) as folder:
         report("writing weights and fp32 ONNX")
         save_weights(checkpoint.weights, folder / WEIGHTS_NAME)
-        export_onnx(unet, folder / ONNX_NAME)
+        export_onnx(subject.unet, folder / ONNX_NAME)
         if precision is not Precision.FP32:
             report(f"writing {precision.value} ONNX")
-            parts = plan_parts(unet, precision, cases)
-            typed = write_typed(unet, precision, parts, cases, folder)
+            parts = choose_fp32_parts(subject, precision)
+            typed = write_typed(subject, precision, parts, folder)
             notes[typed.file] = NOTES[precision]
         report("verifying against the checkpoint")
-        measurements = verify(folder, checkpoint, cases, typed)
+        measurements = verify(folder, subject, typed)
         if native_int8:
             report("choosing 8-bit convolutions for the CPU engine")
-            choice = choose_int8(unet, cases)
+            choice = choose_int8(subject.unet, subject.cases)
             write_ranges(folder / INT8_NAME, choice.ranges)
             measurements = (*measurements, choice.measurement)
             notes[INT8_NAME] = describe_int8(choice)
         entry: ClassifierEntry | None = None
         if classifier is not None:
             report("exporting the classifier's gradient")
-            guide = export_classifier(folder, classifier, checkpoint, typed is not None)
+            guide = export_classifier(folder, classifier, subject, typed is not None)
             entry, measurements, notes = guide.entry, measurements + guide.measurements, notes | guide.precision
         plans: tuple[PlanEntry, ...] = ()
         if make_plans is not None:
@@ -118,7 +116,7 @@ def export_bundle(
         write_manifest(
             folder,
             dataclasses.replace(
-                manifest,
+                subject.manifest,
                 precision=notes,
                 fp32_parts=tuple((part.name, part.reason) for part in parts),
                 verification=measurements,
@@ -130,28 +128,27 @@ def export_bundle(
     return Bundle.open(out)
 
 
-def plan_parts(unet: UNet, precision: Precision, cases: Sequence[Inputs]) -> tuple[Fp32Part, ...]:
-    """What of the network a plan in this precision leaves in float32; each decision is logged.
+def choose_fp32_parts(subject: Subject, precision: Precision) -> tuple[Fp32Part, ...]:
+    """What of the network its form in this precision leaves in float32; each decision is logged.
 
     bf16 has float32's range and eight bits: only its norms and their activations are computed in float32.
     """
     if precision is Precision.BF16:
         return ()
-    parts = plan_fp16(unet, [case.tensors() for case in cases])
+    parts = find_fp32_parts(subject.unet, subject.cases)
     for part in parts:
         logger.info("%s stays in fp32: %s", part.name, part.reason)
     return parts
 
 
-def write_typed(
-    unet: UNet, precision: Precision, parts: Sequence[Fp32Part], cases: Sequence[Inputs], folder: Path
-) -> Typed:
+def write_typed(subject: Subject, precision: Precision, parts: Sequence[Fp32Part], folder: Path) -> Typed:
     """Write the network's ONNX file in a precision other than FP32 into a folder; raises ExportError or OSError."""
+    unet = subject.unet
     names = norm_names(unet) if precision is Precision.BF16 else [part.name for part in parts]
     typed = Typed(precision, f"unet.{precision.value}.onnx", typed_unet(unet, precision, names))
     export_onnx(typed.unet, folder / typed.file)
     if precision is Precision.INT8:
-        quantise(folder / typed.file, unet, [case.tensors() for case in cases])
+        quantise(folder / typed.file, unet, [case.tensors() for case in subject.cases])
     return typed
 
 

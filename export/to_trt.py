@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.backends.trt.trt_library import PIP_LINES, RTX
 from engine.bundle.folder import Bundle
 from engine.bundle.manifest import CLASSIFIER_FP16_NAME, PlanEntry
 from engine.checkpoints.types import Checkpoint
@@ -23,7 +24,7 @@ from export import arguments as cli
 from export.onnx.onnx_file import has_wide_products
 from export.precision import Precision
 from export.to_onnx import export_bundle, read_checkpoint, read_classifier
-from export.trt.build import DEFAULT_BATCH, NO_OPTIONS, RTX_PIP_LINE, BuildOptions, PlanBuilder, Profile, find_builders
+from export.trt.build import DEFAULT_BATCH, NO_OPTIONS, BuildOptions, PlanBuilder, Profile, find_builders
 from export.trt.plan_cache import plan_cache_folder
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def export_trt_bundle(
     """
     builders = find_builders(targets, options)
     if not builders:
-        logger.warning("no TensorRT is installed here, so no plan is built; install it with: %s", RTX_PIP_LINE)
+        logger.warning("no TensorRT is installed here, so no plan is built; install it with: %s", PIP_LINES[RTX])
     check_targets(precision, targets)
 
     def make_plans(onnx: Path) -> tuple[PlanEntry, ...]:

@@ -1,9 +1,8 @@
-"""Every artefact beside the fp32 U-Net, on the inputs it will really see.
+"""Every artefact beside the fp32 U-Net, on the inputs it will really see (export.subject).
 
-The fp32 network samples a few images by DDIM; the states x_t on the way, at timesteps spread over the schedule, are
-the inputs. Each artefact that this machine can run gets them one by one and in batches that mix timesteps. The
-difference is judged relative to the rms of the network's own output, and where a runner can show intermediate
-results the block that differs most is named.
+Each artefact that this machine can run gets them one by one and in batches that mix timesteps. The difference is judged
+relative to the rms of the network's own output, and where a runner can show intermediate results the block that differs
+most is named.
 """
 
 from __future__ import annotations
@@ -20,22 +19,15 @@ from torch import Tensor
 from engine.backends.ort.ort_backend import OrtBackend
 from engine.backends.ov.ov_backend import OpenVINOBackend, has_bf16
 from engine.backends.protocol import Backend
-from engine.bundle.from_checkpoint import checkpoint_manifest
 from engine.bundle.manifest import ONNX_NAME, WEIGHTS_NAME, Manifest, Measurement
-from engine.checkpoints.types import Checkpoint
-from engine.diffusion.noise import normal
 from engine.errors import ExportError, MissingPackageError
-from engine.networks.config import LabelInput, UNetConfig
-from engine.networks.inputs import UNCONDITIONED, Conditions, Inputs, join_inputs
+from engine.networks.inputs import Inputs
 from engine.networks.unet import UNet
-from engine.sampling.sampler import Sampler
 from export.onnx import block_outputs as layers
 from export.precision import GpuHalf, Precision
+from export.subject import Subject
 
 logger = logging.getLogger(__name__)
-
-IMAGES, STEPS, VISITED = 4, 10, 5
-"""Images sampled, DDIM steps taken, and how many of those steps give inputs."""
 
 LIMITS = {
     # Sums in another order and Winograd's convolutions: 3e-7 to 2e-6 measured. A wrong weight or operator gives 1e-2.
@@ -49,58 +41,6 @@ LIMITS = {
     "int8": 5e-1,
 }
 """Largest rms error accepted, relative to the rms of the network's output, for each precision."""
-
-
-class _Recorder:
-    """A backend that runs the fp32 U-Net on the CPU and keeps what it was called with."""
-
-    name, precision, device = "eager", "fp32", torch.device("cpu")
-
-    def __init__(self, unet: UNet, manifest: Manifest) -> None:
-        self.manifest, self.calls = manifest, list[Inputs]()
-        self._unet = unet
-
-    def __call__(self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED) -> Tensor:
-        self.calls.append(Inputs(x_t.clone(), timestep, conditions))
-        with torch.no_grad():
-            return self._unet(x_t, timestep, **conditions.tensors())
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-def real_cases(unet: UNet, manifest: Manifest) -> tuple[Inputs, ...]:
-    """Inputs from DDIM trajectories: VISITED single images, then IMAGES - 1 batches that mix timesteps."""
-    config = manifest.config
-    recorder = _Recorder(unet, manifest)
-    Sampler(recorder).sample(
-        IMAGES,
-        steps=min(STEPS, len(manifest.diffusion.schedule)),
-        labels=_labels(config),
-        cond=_conditions(config) if config.cond_channels and not config.self_condition else None,
-        batch_size=IMAGES,
-    )
-    rows = np.unique(np.linspace(0, len(recorder.calls) - 1, VISITED).round().astype(int))
-    calls = [recorder.calls[row] for row in rows]
-    singles = tuple(call.rows([0]) for call in calls)
-    return singles + tuple(join_inputs([call.rows([i]) for call in calls]) for i in range(1, IMAGES))
-
-
-def _labels(config: UNetConfig) -> list[int] | list[list[float]] | None:
-    """IMAGES labels: classes from the first to the last, or vectors of normals."""
-    if config.num_classes is None:
-        return None
-    if config.label is LabelInput.VECTOR:
-        vectors = normal([2000 + i for i in range(IMAGES)], [0] * IMAGES, (config.time_channels,))
-        return [[float(number) for number in vector] for vector in vectors]
-    return [round(y) for y in np.linspace(0, config.num_classes - 1, IMAGES)]
-
-
-def _conditions(config: UNetConfig) -> Tensor:
-    """Smooth random images [IMAGES, Cc, h, w] in [-1, 1], an eighth of the network's size."""
-    shape = (config.cond_channels, *(max(1, size // 8) for size in config.image_size))
-    noise = normal([1000 + i for i in range(IMAGES)], [0] * IMAGES, shape)
-    return torch.from_numpy(noise).mul(0.5).clamp(-1, 1)
 
 
 @dataclass(slots=True)
@@ -176,7 +116,7 @@ def _onnxruntime(path: Path, manifest: Manifest, precision: str) -> Iterator[Run
         blocks = layers.OnnxLayers(path)
     except MissingPackageError:
         return
-    yield Runner(path.name, "onnxruntime cpu", precision, _caller(backend), lambda case: blocks(case.tensors()))
+    yield Runner(path.name, "onnxruntime cpu", precision, _caller(backend), blocks)
     backend.close()
 
 
@@ -198,7 +138,7 @@ def _torch(typed: Typed) -> Runner:
 
     def run_layers(case: Inputs) -> Mapping[int, Tensor]:
         with GpuHalf():
-            return layers.torch_layers(typed.unet, case.tensors())
+            return layers.torch_layers(typed.unet, case)
 
     precision = "bf16" if typed.precision is Precision.BF16 else "fp16"
     return Runner(WEIGHTS_NAME, "torch cpu", precision, run, run_layers)
@@ -208,13 +148,14 @@ def _caller(backend: Backend) -> Callable[[Inputs], Tensor]:
     return lambda case: backend(case.x_t, case.timestep, case.conditions)
 
 
-def measure(runner: Runner, unet: UNet, cases: Sequence[Inputs], wanted: Sequence[Tensor]) -> Measurement:
-    """The runner's error over all cases. wanted: the fp32 network's results."""
+def measure(runner: Runner, subject: Subject) -> Measurement:
+    """The runner's error over all cases of the subject."""
+    unet = subject.unet
     total, blocks = Difference(), dict[int, Difference]()
-    for case, reference in zip(cases, wanted, strict=True):
+    for case, reference in zip(subject.cases, subject.wanted, strict=True):
         total.add(runner.run(case), reference)
         if case.is_single and runner.layers is not None:
-            expected = layers.torch_layers(unet, case.tensors())
+            expected = layers.torch_layers(unet, case)
             for index, value in runner.layers(case).items():
                 if value.shape == expected[index].shape:
                     blocks.setdefault(index, Difference()).add(value, expected[index])
@@ -232,17 +173,12 @@ def measure(runner: Runner, unet: UNet, cases: Sequence[Inputs], wanted: Sequenc
     )
 
 
-def verify(
-    folder: Path, checkpoint: Checkpoint, cases: Sequence[Inputs], typed: Typed | None = None
-) -> tuple[Measurement, ...]:
+def verify(folder: Path, subject: Subject, typed: Typed | None = None) -> tuple[Measurement, ...]:
     """Measure every artefact in the folder that this machine can run; raises ExportError past a limit.
 
-    cases: as real_cases gives them. typed: the half-precision network of the folder, if it has one.
+    subject: what the folder was made of. typed: the half-precision network of the folder, if it has one.
     """
-    unet, manifest = checkpoint.unet(), checkpoint_manifest(checkpoint)
-    with torch.no_grad():
-        wanted = [unet(**case.tensors()) for case in cases]
-    results = [measure(runner, unet, cases, wanted) for runner in runners(folder, manifest, typed)]
+    results = [measure(runner, subject) for runner in runners(folder, subject.manifest, typed)]
     for name in (ONNX_NAME, *([] if typed is None else [typed.file])):
         if all(result.artefact != name for result in results):
             logger.warning("%s was not verified: install a library that runs it: pip install 'unet-rt[cpu]'", name)

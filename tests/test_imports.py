@@ -25,8 +25,8 @@ ARROWS = {
 
 # Optional package -> the files that may import it, inside functions only.
 OPTIONAL = {
-    "tensorrt": ["export/trt/plugin_triton.py", "export/trt/build.py", "engine/backends/trt/trt_library.py"],
-    "tensorrt_rtx": ["export/trt/build.py", "engine/backends/trt/trt_library.py"],
+    "tensorrt": ["export/trt/plugin_triton.py", "engine/backends/trt/trt_library.py"],
+    "tensorrt_rtx": ["engine/backends/trt/trt_library.py"],
     "openvino": ["engine/backends/ov/ov_backend.py", "benchmarks/peer_*.py"],
     "onnxruntime": ["engine/backends/ort/ort_backend.py", "benchmarks/peer_*.py"],
     "onnx": ["export/*.py"],

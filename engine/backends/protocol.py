@@ -1,4 +1,4 @@
-"""What a backend is: a network that can be called, and one that can be captured in a graph."""
+"""What a backend is: a network that can be called, perhaps captured in a graph, and the module that opens it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.bundle.folder import Bundle
 from engine.bundle.manifest import Manifest
 from engine.device import Stream
+from engine.diffusion.guidance import Guide
 from engine.networks.inputs import UNCONDITIONED, Conditions
 
 
@@ -59,6 +61,65 @@ class Capturable(Protocol):
 
         A network: x_t, timestep, its conditions, out. A classifier's gradient: x_t, timestep, label, scale,
         grad, log_p.
+        """
+        ...
+
+
+class OpenedGuide(Guide, Protocol):
+    """A bundle's classifier, opened. name, precision: what runs its gradient, e.g. "ov" in "fp32"."""
+
+    name: str
+    precision: str
+
+    def close(self) -> None:
+        """Release memory; the guide cannot be called afterwards."""
+        ...
+
+
+class BackendModule(Protocol):
+    """What each package in engine.backends offers, as a module; engine.backends.registry lists them.
+
+    NAME: by which a user chooses it, "ort" say. LIBRARIES: the distributions (names as pip knows them) whose version
+    decides its rounding, beside torch and numpy; alternatives of one library stand together.
+    """
+
+    NAME: str
+    LIBRARIES: tuple[str, ...]
+
+    def precisions(self) -> tuple[str, ...]:
+        """What it computes in on this machine, the one taken unasked first."""
+        ...
+
+    def reason_against(self, bundle: Bundle, precision: str | None) -> str | None:
+        """Why this machine cannot run the bundle's network with it, or None.
+
+        precision: one of precisions(), None for the one that it takes unasked. Opens nothing.
+        """
+        ...
+
+    def open(self, bundle: Bundle, precision: str | None, threads: int | None) -> Backend:
+        """The bundle's network, where there is no reason against it.
+
+        threads: CPU threads, None for all cores. Raises BackendError or BundleError.
+        """
+        ...
+
+
+class GuideModule(BackendModule, Protocol):
+    """A backend's module that runs a classifier's input gradient too."""
+
+    def guide_reason_against(self, bundle: Bundle) -> str | None:
+        """Why this machine cannot run the gradient of the bundle's classifier with it, or None."""
+        ...
+
+    def open_guide(
+        self, bundle: Bundle, precision: str | None, threads: int | None, beside: Backend | None
+    ) -> OpenedGuide:
+        """The gradient of the bundle's classifier, where there is no reason against it.
+
+        precision: of the U-Net that it guides; the guide takes what suits it of its own. threads: CPU threads, None for
+        all cores. beside: that U-Net, which is called by turns with the guide and may share its threads. Raises
+        BackendError or BundleError.
         """
         ...
 

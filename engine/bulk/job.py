@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.backends.registry import libraries
 from engine.bulk.shards import FORMATS, Shard, merge_shards, read_shard, shard_name, write_shard
 from engine.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from engine.diffusion.prediction import Variance
@@ -36,8 +37,6 @@ from engine.sampling.sampler import Request, Sampler
 RUN_NAME = "run.json"
 _SHARD_NAME = re.compile(r"shard-\d+(\.npz)?")
 _LEFTOVER = re.compile(r"\.tmp-[0-9a-f]{32}(\..*)?")
-# Backend -> the distributions that may have brought its library, beside torch and numpy.
-_LIBRARIES = {"ort": ("onnxruntime", "onnxruntime-gpu"), "ov": ("openvino",), "trt": ("tensorrt-rtx-cu13", "tensorrt")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +310,7 @@ def _processor() -> str:
 
 def _versions(backend: str) -> dict[str, str]:
     versions = {"torch": torch.__version__, "numpy": np.__version__}
-    for name in ("pillow", "unet-rt", *_LIBRARIES.get(backend, ())):
+    for name in ("pillow", "unet-rt", *libraries(backend)):
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions

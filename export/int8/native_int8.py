@@ -46,7 +46,7 @@ class Int8Choice:
 
 
 def choose_int8(unet: UNet, cases: Sequence[Inputs]) -> Int8Choice:
-    """unet: fp32, on the CPU. cases: as export.verify.real_cases gives them.
+    """unet: fp32, on the CPU. cases: as export.subject.real_cases gives them.
 
     Raises ExportError for a network without such convolutions, BackendError for one that the CPU engine cannot run.
     """

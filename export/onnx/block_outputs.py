@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ from torch import Tensor
 
 from engine.backends.ort.ort_backend import open_session, run_session
 from engine.errors import MissingPackageError
+from engine.networks.inputs import Inputs
 from engine.networks.unet import UNet
 
 _BLOCK = re.compile(r"blocks\.(\d+)/")
 
 
-def torch_layers(unet: UNet, inputs: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """The result of every block that computes something, by its index in the config's block list."""
+def torch_layers(unet: UNet, inputs: Inputs) -> dict[int, Tensor]:
+    """The result of every block that computes something, by its index in the config's block list, for one call."""
     results: dict[int, Tensor] = {}
     with ExitStack() as hooks, torch.no_grad():
         for index, block in enumerate(unet.blocks):
@@ -28,7 +28,7 @@ def torch_layers(unet: UNet, inputs: Mapping[str, Tensor]) -> dict[int, Tensor]:
                 results[index] = output
 
             hooks.callback(block.register_forward_hook(keep).remove)
-        unet(**inputs)
+        unet(**inputs.tensors())
     return results
 
 
@@ -58,9 +58,9 @@ class OnnxLayers:
             temporary.unlink(missing_ok=True)
         self._names = found
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    def __call__(self, inputs: Inputs) -> dict[int, Tensor]:
         """Block index -> result, for one call of the network."""
-        results = run_session(self._session, inputs, list(self._names.values()))
+        results = run_session(self._session, inputs.tensors(), list(self._names.values()))
         return dict(zip(self._names, results, strict=True))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from engine.backends.trt.trt_log import process_log
+from engine.backends.trt.trt_library import DATACENTRE, PIP_LINES, RTX, Library, gpu_capability, load_library
 from engine.bundle.manifest import FusionReport, PlanEntry
 from engine.errors import ExportError
 from export.trt.fusion import fusable, fusion_report, warn_unfused
@@ -26,7 +26,6 @@ from export.trt.timing_cache import keep_timings, use_timings
 
 logger = logging.getLogger(__name__)
 
-RTX_PIP_LINE = "pip install 'unet-rt[trt]'"
 Profile = tuple[int, int, int]
 """Smallest, best and largest batch of a plan; three times the same is a static plan."""
 
@@ -72,13 +71,12 @@ NO_OPTIONS = BuildOptions()
 class PlanBuilder:
     """One installed library and what it builds here.
 
-    trt: the module. library: its import name. suffix: of the plan's name in the bundle, "rtx.plan" say. targets: such
+    suffix: of the plan's name in the bundle, "rtx.plan" say. targets: such
     as "sm89". device: name of the GPU that a plan is timed on, None where it is timed on none. options: only of
     `tensorrt`.
     """
 
-    trt: Any
-    library: str
+    library: Library
     suffix: str
     targets: tuple[str, ...]
     device: str | None = None
@@ -100,8 +98,8 @@ class PlanBuilder:
             warn_unfused(file, fusion)
         (onnx.parent / file).write_bytes(plan)
         weights_file = onnx.name if self.options.strip_weights else None
-        version = str(self.trt.__version__)
-        return PlanEntry(file, self.library, version, self.targets, batch, precision, fusion, weights_file)
+        library, version = self.library.name, str(self.library.trt.__version__)
+        return PlanEntry(file, library, version, self.targets, batch, precision, fusion, weights_file)
 
     def plan_name(self, onnx: Path, batch: Profile) -> str:
         """ "unet.rtx.plan" from unet.fp16.onnx, with a static batch "unet.b8.rtx.plan"."""
@@ -110,18 +108,19 @@ class PlanBuilder:
 
     def _configuration(self, batch: Profile) -> dict[str, object]:
         """Everything beside the network that decides what the library makes."""
+        trt = self.library.trt
         return {
-            "library": self.library,
-            "version": str(self.trt.__version__),
+            "library": self.library.name,
+            "version": str(trt.__version__),
             "targets": self.targets,
             "device": self.device,
             "batch": batch,
             "options": asdict(self.options),
-            "flags": [name for name in _FLAGS if hasattr(self.trt.BuilderFlag, name)],
+            "flags": [name for name in _FLAGS if hasattr(trt.BuilderFlag, name)],
         }
 
     def _build(self, onnx: Path, file: str, batch: Profile, cache: Path | None) -> tuple[bytes, FusionReport | None]:
-        trt, log = self.trt, process_log(self.trt)
+        trt, log = self.library.trt, self.library.log
         log.clear()
         builder = trt.Builder(log)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -165,7 +164,7 @@ class PlanBuilder:
             with_plugins.unlink(missing_ok=True)
 
     def _configure(self, config: Any) -> None:
-        trt = self.trt
+        trt = self.library.trt
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         wanted = _FLAGS + (_STRIPPED if self.options.strip_weights else ())
         for name in wanted:
@@ -179,13 +178,13 @@ class PlanBuilder:
                 config.set_compute_capability(trt.ComputeCapability.__members__[target.upper()], index)
 
     def _timing_name(self) -> str:
-        where = re.sub(r"\W+", "-", f"{self.library} {self.trt.__version__} {self.device}").lower()
+        where = re.sub(r"\W+", "-", f"{self.library.name} {self.library.trt.__version__} {self.device}").lower()
         return f"{where}.timings"
 
     def _failure(self, what: str, reasons: Any) -> ExportError:
         lines = "\n".join(f"  {reason}" for reason in list(reasons)[-5:]) or "  (it gave no reason)"
         return ExportError(
-            f"{self.library} {self.trt.__version__} {what}:\n{lines}\n"
+            f"{self.library.name} {self.library.trt.__version__} {what}:\n{lines}\n"
             "Try fewer targets with --target, a smaller batch with --batch, or export without plans: "
             "python -m export.to_onnx CHECKPOINT"
         )
@@ -199,20 +198,19 @@ def find_builders(targets: tuple[str, ...] | None, options: BuildOptions = NO_OP
     TensorRT-RTX is not installed or used, and for options where there is no `tensorrt` with a GPU.
     """
     builders: list[PlanBuilder] = []
-    rtx = None if options.triton_plugins else _import_rtx()
+    rtx = None if options.triton_plugins else load_library(RTX)
     if rtx is not None:
-        builders.append(PlanBuilder(rtx, "tensorrt_rtx", "rtx.plan", _known(targets, rtx)))
+        builders.append(PlanBuilder(rtx, "rtx.plan", _known(targets, rtx.trt)))
     elif targets is not None:
         reason = (
             "is not used with --plugins"
             if options.triton_plugins
-            else f"is not installed; install it with: {RTX_PIP_LINE}"
+            else f"is not installed; install it with: {PIP_LINES[RTX]}"
         )
         raise ExportError(f"--target {','.join(targets)} needs TensorRT-RTX, which {reason}")
-    capability = _gpu_capability()
-    datacentre = _import_tensorrt() if capability is not None else None
+    datacentre = load_library(DATACENTRE) if torch.cuda.is_available() else None
     if datacentre is not None:
-        builders.append(_datacentre_builder(datacentre, str(capability), options))
+        builders.append(_datacentre_builder(datacentre, gpu_capability(), options))
     elif options.flags:
         raise ExportError(
             f"{', '.join(options.flags)} needs the package tensorrt and an NVIDIA GPU in this machine; leave it "
@@ -234,14 +232,14 @@ def _known(targets: tuple[str, ...] | None, rtx: Any) -> tuple[str, ...]:
     return targets or known
 
 
-def _datacentre_builder(trt: Any, capability: str, options: BuildOptions) -> PlanBuilder:
+def _datacentre_builder(library: Library, capability: str, options: BuildOptions) -> PlanBuilder:
     is_early = int(capability.removeprefix("sm")) < 80
     if options.hardware_compatible and is_early:
         raise ExportError(f"--hardware-compatible needs compute capability 8.0 or above, and this is {capability}")
     if options.strip_weights and options.triton_plugins:
         raise ExportError("--strip-weights and --plugins do not go together: a plugin's weights cannot be given later")
     target, name = ("sm80+", "sm80plus") if options.hardware_compatible else (capability, capability)
-    return PlanBuilder(trt, "tensorrt", f"trt.{name}.plan", (target,), torch.cuda.get_device_name(), options)
+    return PlanBuilder(library, f"trt.{name}.plan", (target,), torch.cuda.get_device_name(), options)
 
 
 def known_targets(rtx: Any) -> tuple[str, ...]:
@@ -256,28 +254,3 @@ def _profile(builder: Any, network: Any, batch: Profile) -> Any:
         tensor = network.get_input(index)
         profile.set_shape(tensor.name, *((size, *tuple(tensor.shape)[1:]) for size in batch))
     return profile
-
-
-def _import_rtx() -> Any:
-    try:
-        import tensorrt_rtx
-    except (ImportError, OSError):
-        return None
-    return tensorrt_rtx
-
-
-def _import_tensorrt() -> Any:
-    # Its wheel can be installed without the libraries that it loads.
-    try:
-        import tensorrt
-    except (ImportError, OSError):
-        return None
-    return tensorrt
-
-
-def _gpu_capability() -> str | None:
-    """ "sm90" for the GPU in this machine, or None."""
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm{major}{minor}"

@@ -368,7 +368,7 @@ def test_failed_build_gives_the_librarys_reason(made, tmp_path):
     if not has_rtx():
         pytest.skip("plans without a GPU need TensorRT-RTX: pip install tensorrt-rtx-cu13")
     shutil.copy(made.bundle.path / ONNX_NAME, tmp_path)
-    (builder,) = (b for b in find_builders(("sm75",)) if b.library == "tensorrt_rtx")
+    (builder,) = (b for b in find_builders(("sm75",)) if b.library.name == "tensorrt_rtx")
     # Turing has no matrix products in fp32.
     with pytest.raises(ExportError, match=r"(?s)cannot build unet.rtx.plan for sm75:\n  .*Turing.*Try fewer targets"):
         builder.build(tmp_path / ONNX_NAME, (1, 2, 2), "fp32")

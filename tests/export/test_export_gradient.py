@@ -14,14 +14,15 @@ from native_cases import instruction_sets
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import engine.backends
 from engine import BackendError, BundleError, CheckpointError, ExportError, RequestError, Sampler, load_checkpoint
+from engine.backends import ort, ov
 from engine.backends.native.native_guide import NativeGuide
 from engine.backends.ort.ort_backend import OrtGuide
 from engine.backends.ov.ov_backend import OpenVINOGuide
 from engine.backends.registry import open_guide
 from engine.bundle.folder import Bundle, write_manifest
 from engine.bundle.manifest import CLASSIFIER_FP16_NAME, CLASSIFIER_NAME, CLASSIFIER_WEIGHTS_NAME
+from engine.checkpoints.types import Checkpoint
 from engine.diffusion.guidance import ClassifierGuidance
 from engine.networks.classifier import AutogradGuide, Classifier
 from export import guide as guidance
@@ -29,6 +30,7 @@ from export import to_onnx, to_trt
 from export.guide import GAINS, LIMITS, ClassifierResult, GuideCase, export_classifier
 from export.onnx import gradient, gradient_rules
 from export.onnx.onnx_file import has_wide_products
+from export.subject import Subject, make_subject
 from export.to_onnx import export_bundle
 from export.trt.build import find_builders
 
@@ -65,7 +67,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     classifier = write_checkpoint(folder / "clf.pt", CLASSIFIER, seed=1)
     # The U-Net's own export has its tests; here its weights are enough.
     path = write_bundle(folder / "net.engine", UNET)
-    result = export_classifier(path, load_checkpoint(classifier, **FACTS), load_checkpoint(unet, **FACTS), fp16=True)
+    subject = make_subject(load_checkpoint(unet, **FACTS))
+    result = export_classifier(path, load_checkpoint(classifier, **FACTS), subject, fp16=True)
     manifest = dataclasses.replace(
         Bundle.open(path).manifest,
         classifier=result.entry,
@@ -331,7 +334,7 @@ def test_gain_saves_the_gradient_of_a_confident_classifier(confident):
 
 
 def case_at_1(network: Classifier, given: GuideCase) -> Tensor:
-    return AutogradGuide(network)(given.x_t, given.timestep, given.y, torch.ones(4))[0]
+    return AutogradGuide(network)(given.x_t, given.timestep, given.label, torch.ones(4))[0]
 
 
 def test_calibration_refuses_a_gradient_that_overflows_with_every_gain(monkeypatch, confident):
@@ -415,7 +418,7 @@ def test_library_of_the_guide(made, monkeypatch, caplog):
     caplog.set_level("INFO", logger="engine.backends")
     for backend, precision in (("auto", None), ("native", "fp32"), ("eager", "fp16")) if native_precisions() else ():
         assert isinstance(open_guide(made.bundle, backend, precision), NativeGuide)
-    monkeypatch.setattr(engine.backends, "_native_reason", lambda: "it was not built")
+    monkeypatch.setattr("kernels.native.library.reason_against", lambda: "it was not built")
     assert isinstance(open_guide(made.bundle), OpenVINOGuide)
     assert caplog.messages[-1] == "classifier on ov in fp32 (native: it was not built)"
     assert isinstance(open_guide(made.bundle, "eager"), OpenVINOGuide)
@@ -426,10 +429,13 @@ def test_library_of_the_guide(made, monkeypatch, caplog):
     assert caplog.messages[-1] == "classifier on ort in fp16"
     wanted = case(made.network, 4)
     assert 1e-6 < relative(half(*wanted.inputs())[0], wanted.grad) < LIMITS["fp16"]
-    monkeypatch.setattr(engine.backends, "_missing", lambda module, extra: lambda: f"{module} is not installed")
-    with pytest.raises(
-        BackendError, match="can run the bundle's classifier: it was not built; openvino is not installed; onnxr"
-    ):
+    monkeypatch.setattr(ov, "_missing", lambda: "openvino is not installed")
+    monkeypatch.setattr(ort, "_missing", lambda: "onnxruntime is not installed")
+    reasons = (
+        "native: it was not built; ov: openvino is not installed; ort: onnxruntime is not installed; "
+        "trt: .* holds no TensorRT plan of its classifier"
+    )
+    with pytest.raises(BackendError, match=f"can run the bundle's classifier: {reasons}"):
         open_guide(made.bundle)
 
 
@@ -482,8 +488,8 @@ def test_export_puts_the_classifier_into_the_bundle(made, tmp_path, monkeypatch)
     entry, measured = made.bundle.manifest.classifier, made.bundle.manifest.verification
     seen = []
 
-    def write(folder: Path, *arguments: object) -> ClassifierResult:
-        seen.append(arguments)
+    def write(folder: Path, given: Checkpoint, subject: Subject, fp16: bool) -> ClassifierResult:
+        seen.append((given, subject.checkpoint, fp16))
         (folder / CLASSIFIER_NAME).write_bytes(b"a graph")
         return ClassifierResult(entry, measured, {CLASSIFIER_NAME: "fp32 throughout"})
 

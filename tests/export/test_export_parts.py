@@ -9,25 +9,28 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor
+from exported import call
+from helpers import adm_classifier, adm_unet, write_checkpoint
 
 import export.onnx.onnx_file
+from engine import load_checkpoint
 from engine.backends.ort.ort_backend import OrtBackend
 from engine.backends.ov.ov_backend import OpenVINOBackend
 from engine.bundle.folder import Bundle
 from engine.bundle.manifest import FileEntry, Manifest, Measurement, PlanEntry
 from engine.diffusion.prediction import Diffusion
 from engine.diffusion.schedule import linear_schedule
-from engine.errors import ExportError
+from engine.errors import CheckpointError, ExportError
 from engine.networks.config import Attention, Conv, NormSiLU, Pop, Push, Resample, ResBlock, TimeConfig, UNetConfig
-from engine.networks.inputs import Conditions, join_inputs
+from engine.networks.inputs import Conditions, Inputs, join_inputs
 from engine.networks.unet import UNet
 from export import arguments as cli
 from export import to_onnx, to_trt
 from export.onnx.block_outputs import OnnxLayers, torch_layers
 from export.onnx.passes import module_scope
 from export.precision import GpuHalf, Precision, typed_unet
-from export.verify import IMAGES, VISITED, Difference, check, real_cases
+from export.subject import IMAGES, VISITED, make_subject, real_cases
+from export.verify import Difference, check
 
 # Unlabelled, with a condition image, time added rather than scale and shift, resampling inside ResBlocks.
 CONFIG = UNetConfig(
@@ -48,6 +51,7 @@ CONFIG = UNetConfig(
     ),
     cond_channels=2,
 )
+FACTS = {"family": "openai-guided", "image_size": (8, 8), "num_head_channels": 32, "noise_schedule": "cosine"}
 COMPUTING = {0, 2, 3, 4, 6, 7}
 
 
@@ -61,13 +65,13 @@ def random_unet(config: UNetConfig = CONFIG) -> UNet:
     return unet
 
 
-def inputs(batch: int, config: UNetConfig = CONFIG) -> dict[str, Tensor]:
+def inputs(batch: int, config: UNetConfig = CONFIG) -> Inputs:
     generator = torch.Generator().manual_seed(batch)
-    return {
-        "x_t": torch.randn(batch, config.in_channels, *config.image_size, generator=generator),
-        "timestep": 999 * torch.rand(batch, generator=generator),
-        "image": torch.randn(batch, config.cond_channels, *config.image_size, generator=generator),
-    }
+    return Inputs(
+        torch.randn(batch, config.in_channels, *config.image_size, generator=generator),
+        999 * torch.rand(batch, generator=generator),
+        Conditions(image=torch.randn(batch, config.cond_channels, *config.image_size, generator=generator)),
+    )
 
 
 def manifest(config: UNetConfig = CONFIG) -> Manifest:
@@ -95,9 +99,7 @@ def test_network_with_a_condition(split_files, backend, package):
     run, unet = backend(manifest(), split_files, "fp32", 2), random_unet()
     for batch in (1, 2, 5):
         given = inputs(batch)
-        torch.testing.assert_close(
-            run(given["x_t"], given["timestep"], Conditions(image=given["image"])), unet(**given), rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(call(run, given), unet(**given.tensors()), rtol=1e-5, atol=1e-5)
 
 
 def test_results_of_the_blocks(split_files):
@@ -127,15 +129,27 @@ def test_cases_are_states_of_trajectories():
     assert torch.equal(join_inputs([cases[0], cases[1]]).rows([1]).x_t, cases[1].x_t)
 
 
+def test_a_subject_is_one_network_and_its_results(tmp_path):
+    checkpoint = load_checkpoint(write_checkpoint(tmp_path / "net.pt", adm_unet(mult=(1,), attention=())), **FACTS)
+    subject = make_subject(checkpoint)
+    assert (subject.checkpoint, subject.manifest.checkpoint_sha256) == (checkpoint, checkpoint.sha256)
+    assert len(subject.wanted) == len(subject.cases) == VISITED + IMAGES - 1
+    for case, wanted in zip(subject.cases, subject.wanted, strict=True):
+        assert torch.equal(wanted, subject.unet(**case.tensors()))
+    classifier = load_checkpoint(write_checkpoint(tmp_path / "clf.pt", adm_classifier(mult=(1, 1))), **FACTS)
+    with pytest.raises(CheckpointError, match="a U-Net checkpoint is needed here"):
+        make_subject(classifier)
+
+
 def test_fp16_as_a_gpu_rounds_it():
     unet = random_unet()
     half, given = typed_unet(unet, Precision.FP16), inputs(3)
     assert next(unet.parameters()).dtype == torch.float32
     with torch.no_grad():
-        slow = half(**given)
+        slow = half(**given.tensors())
         with GpuHalf():
-            fast = half(**given)
-        exact = unet(**given)
+            fast = half(**given.tensors())
+        exact = unet(**given.tensors())
     error = float((fast - exact).square().mean().sqrt() / exact.square().mean().sqrt())
     other = float((slow - exact).square().mean().sqrt() / exact.square().mean().sqrt())
     assert 1e-5 < error < 1e-2
@@ -157,9 +171,9 @@ def test_fp16_overflow_is_seen():
     state["blocks.0.weight"] *= 1e5
     unet.load_state_dict(state)
     with GpuHalf(), torch.no_grad():
-        result = typed_unet(unet, Precision.FP16)(**inputs(2))
+        result = typed_unet(unet, Precision.FP16)(**inputs(2).tensors())
     difference = Difference()
-    difference.add(result, unet(**inputs(2)))
+    difference.add(result, unet(**inputs(2).tensors()))
     assert difference.relative == float("inf")
 
 

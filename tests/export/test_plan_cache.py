@@ -135,7 +135,7 @@ def onnx(tmp_path_factory):
 
 
 def rtx(*targets: str) -> PlanBuilder:
-    return next(b for b in find_builders(targets) if b.library == "tensorrt_rtx")
+    return next(b for b in find_builders(targets) if b.library.name == "tensorrt_rtx")
 
 
 @pytest.mark.trt

@@ -28,7 +28,7 @@ CONFIG = adm_unet(width=32)
 COMPILES = """
 import json, sys
 from kernels.aot import _resources, entry_parameters
-from export import plugin_triton
+from export.trt import plugin_triton
 kept = plugin_triton.strip_hidden
 originals = []
 plugin_triton.strip_hidden = lambda ptx: originals.append(ptx) or kept(ptx)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.backends.trt.trt_library import runs_on
+from engine.backends.trt.trt_library import Library, load_library, runs_on
+from engine.backends.trt.trt_log import make_log
 from engine.bundle.manifest import PlanEntry
 from engine.errors import ExportError
 from export import to_trt
@@ -87,7 +88,9 @@ def onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def build(onnx: Path, options: BuildOptions, cache: Path | None = None) -> tuple[PlanEntry, list[Any]]:
     seen: list[Any] = []
-    builder = PlanBuilder(fake_tensorrt(seen), "tensorrt", "trt.sm90.plan", ("sm90",), "NVIDIA H100", options)
+    trt = fake_tensorrt(seen)
+    library = Library("tensorrt", trt, make_log(trt))
+    builder = PlanBuilder(library, "trt.sm90.plan", ("sm90",), "NVIDIA H100", options)
     return builder.build(onnx, (1, 8, 64), "fp16", cache), seen
 
 
@@ -161,7 +164,11 @@ def test_the_builder_of_a_machine_with_a_gpu(machine, monkeypatch):
 
 
 def test_plugins_keep_tensorrt_rtx_out(machine, monkeypatch):
-    monkeypatch.setattr(trt_build, "_import_rtx", lambda: pytest.fail("tensorrt_rtx is loaded"))
+    def load(name: str) -> Library | None:
+        assert name != "tensorrt_rtx", "tensorrt_rtx is loaded"
+        return load_library(name)
+
+    monkeypatch.setattr(trt_build, "load_library", load)
     assert len(find_builders(None, BuildOptions(triton_plugins=True))) == 1
 
 

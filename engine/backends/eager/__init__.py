@@ -1,0 +1,26 @@
+"""The backend "eager": the network in torch. See engine.backends.protocol.BackendModule."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.backends.eager.eager_backend import EagerBackend
+from engine.backends.requirements import missing_file
+from engine.bundle.folder import Bundle
+from engine.bundle.manifest import WEIGHTS_NAME
+
+NAME = EagerBackend.name
+LIBRARIES: tuple[str, ...] = ()
+
+
+def precisions() -> tuple[str, ...]:
+    return ("fp16", "bf16", "fp32") if torch.cuda.is_available() else ("fp32",)
+
+
+def reason_against(bundle: Bundle, precision: str | None) -> str | None:
+    return missing_file(bundle, WEIGHTS_NAME)
+
+
+def open(bundle: Bundle, precision: str | None, threads: int | None) -> EagerBackend:
+    path = bundle.file(WEIGHTS_NAME)
+    return EagerBackend.from_weights(bundle.manifest, path, precision or precisions()[0], threads)

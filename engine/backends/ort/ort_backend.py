@@ -61,11 +61,12 @@ class OrtBackend:
 class OrtGuide:
     """A bundle's classifier.onnx, or classifier.fp16.onnx, as an engine.diffusion.guidance.Guide."""
 
-    name = "ort"
+    name = OrtBackend.name
 
-    def __init__(self, config: ClassifierConfig, path: Path, threads: int | None) -> None:
+    def __init__(self, config: ClassifierConfig, path: Path, threads: int | None, precision: str = "fp32") -> None:
+        """precision: what the file computes in."""
         self._session = open_session(path, threads)
-        self._config = config
+        self._config, self.precision = config, precision
 
     @property
     def config(self) -> ClassifierConfig:

@@ -14,7 +14,8 @@ from engine.networks.config import ClassifierConfig
 from engine.networks.inputs import UNCONDITIONED, Conditions, Inputs
 
 _NETWORK_INPUTS = ("x_t", "timestep", "label", "image")
-_HINTS = {"fp32": "f32", "bf16": "bf16"}
+HINTS = {"fp32": "f32", "bf16": "bf16"}
+"""Precision, the one taken unasked first, and its name in OpenVINO."""
 
 
 def has_bf16() -> bool:
@@ -32,7 +33,7 @@ def compile_file(path: Path, precision: str, threads: int | None) -> Any:
         import openvino
     except ImportError as error:
         raise MissingPackageError("openvino", "the ov backend", "cpu") from error
-    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
     try:
@@ -70,10 +71,11 @@ class OpenVINOBackend:
 class OpenVINOGuide:
     """A bundle's classifier.onnx as an engine.diffusion.guidance.Guide, always in float32."""
 
-    name = "ov"
+    name = OpenVINOBackend.name
+    precision = "fp32"
 
     def __init__(self, config: ClassifierConfig, path: Path, threads: int | None) -> None:
-        self._model: Any = compile_file(path, "fp32", threads)
+        self._model: Any = compile_file(path, self.precision, threads)
         self._config = config
 
     @property

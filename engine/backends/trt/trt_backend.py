@@ -297,14 +297,15 @@ class TrtBackend:
 class TrtGuide:
     """A bundle's classifier gradient as TensorRT plans; an engine.diffusion.guidance.Guide that can be captured."""
 
-    name = "trt"
+    name = TrtBackend.name
 
     def __init__(
         self, config: ClassifierConfig, bundle: Bundle, plans: Plans | None = None, on: Device | None = None
     ) -> None:
         device = on or cuda_device()
-        self._network = TrtNetwork(bundle, "classifier", plans or find_plans(bundle, "classifier", None), device)
-        self._config, self.device = config, device.kind
+        chosen = plans or find_plans(bundle, "classifier", None)
+        self._network = TrtNetwork(bundle, "classifier", chosen, device)
+        self._config, self.device, self.precision = config, device.kind, chosen.precision
 
     @property
     def config(self) -> ClassifierConfig:

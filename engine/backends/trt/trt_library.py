@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,10 @@ PREFERRED = ("fp16", "bf16", "int8", "fp32")
 """Precisions of plans, the one taken unasked first."""
 
 REBUILD = "python -m export.to_trt CHECKPOINT"
-_PIP_LINES = {"tensorrt": "pip install tensorrt", "tensorrt_rtx": "pip install 'unet-rt[trt]'"}
+DATACENTRE, RTX = "tensorrt", "tensorrt_rtx"
+"""The libraries, by the names of their packages."""
+
+PIP_LINES = {DATACENTRE: "pip install tensorrt", RTX: "pip install 'unet-rt[trt]'"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,10 +97,10 @@ def find_plans(
     known = {name: load(name) for name in dict.fromkeys(entry.library for entry in entries)}
     reasons: list[str] = []
     # Data-centre plans first: they were timed on the GPU that they are for.
-    for name in sorted(known, key=lambda n: n != "tensorrt"):
+    for name in sorted(known, key=lambda name: name != DATACENTRE):
         library = known[name]
         if library is None:
-            line = _PIP_LINES.get(name, f"pip install {name}")
+            line = PIP_LINES.get(name, f"pip install {name}")
             reasons.append(f"the plans of {name} need that package, which is not installed; {line}")
             continue
         fitting = _fitting([entry for entry in entries if entry.library == name], library, here, precision, reasons)
@@ -151,23 +153,16 @@ def gpu_capability() -> str:
     return f"sm{major}{minor}"
 
 
-def reason_against(bundle: Bundle, precision: str | None) -> str | None:
-    """Why this machine cannot run the bundle's U-Net as a plan, or None."""
-    try:
-        find_plans(bundle, "unet", precision)
-    except BackendError as error:
-        return str(error)
-    return None
-
-
-@functools.cache
 def load_library(name: str) -> Library | None:
-    """`tensorrt` or `tensorrt_rtx`; None where it, or a library that it loads, is not installed."""
-    # A wheel can be installed without the libraries that it loads.
+    """DATACENTRE or RTX, to build and to run plans; None for another, and where it is not installed.
+
+    Not before its first use: a process that registers plugins of `tensorrt` must never load `tensorrt_rtx`.
+    """
+    # A wheel can be installed without the libraries that it loads; that is an OSError.
     try:
-        if name == "tensorrt_rtx":
+        if name == RTX:
             import tensorrt_rtx as trt
-        elif name == "tensorrt":
+        elif name == DATACENTRE:
             import tensorrt as trt
         else:
             return None

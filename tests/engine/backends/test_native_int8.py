@@ -29,7 +29,7 @@ from engine.networks import config as c
 from engine.networks.inputs import Inputs
 from export.int8 import native_int8
 from export.int8.native_int8 import best_range, calibrate, choose_int8, int8_convolutions
-from export.verify import real_cases
+from export.subject import real_cases
 from kernels import reference as ops
 from kernels.native import library
 from kernels.native.library import Isa, NativeError, Network

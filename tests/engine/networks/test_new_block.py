@@ -28,11 +28,12 @@ from engine.networks.blocks import Activation, Conv, Norm, Pop, Push, ResBlock
 from engine.networks.blocks.base import Block, Shapes
 from engine.networks.blocks.target import ONE, NormRule, Target, Then
 from engine.networks.config import UNetConfig
+from engine.networks.inputs import Inputs
 from engine.networks.layers import Normalise, activate
 from engine.networks.unet import UNet
+from export.fp32_parts import find_fp32_parts
 from export.int8.native_int8 import calibrate as calibrate_native
 from export.int8.quantise import quantise
-from export.planner import plan_fp16
 from export.precision import Precision, typed_unet
 from export.to_onnx import export_onnx
 
@@ -170,16 +171,16 @@ def test_its_convolution_is_quantised_in_onnx(unet: UNet, tmp_path: Path) -> Non
     assert 1e-4 < largest_error(run_session(open_session(path, None), inputs())[0], unet(**inputs())) < 5e-2
 
 
-def test_fp16_plans_for_it(unet: UNet) -> None:
-    assert plan_fp16(unet, [inputs()]) == ()
+def test_fp16_takes_it_into_account(unet: UNet) -> None:
+    assert find_fp32_parts(unet, [Inputs(**inputs())]) == ()
     unet.blocks[PLACE].conv1.weight *= 1e6
-    parts = {part.name: part.reason for part in plan_fp16(unet, [inputs()])}
+    parts = {part.name: part.reason for part in find_fp32_parts(unet, [Inputs(**inputs())])}
     assert f"blocks.{PLACE}.conv1 reaches" in parts[f"blocks.{PLACE}"]
 
 
 def test_fp16_keeps_the_writers_of_what_its_norm_reads(unet: UNet) -> None:
     unet.blocks[PLACE - 1].conv2.bias += 3000
-    parts = {part.name: part.reason for part in plan_fp16(unet, [inputs()])}
+    parts = {part.name: part.reason for part in find_fp32_parts(unet, [Inputs(**inputs())])}
     reason = f"rounding the input of blocks.{PLACE}.norm to fp16 moves"
     assert reason in parts[f"blocks.{PLACE - 1}"]
     assert reason in parts[f"blocks.{PLACE}"]

@@ -36,7 +36,7 @@ SMALL = DDPM_CIFAR10 | {
 
 def rtx_builder(targets: tuple[str, ...] | None = ("sm86",)) -> PlanBuilder:
     pytest.importorskip("tensorrt_rtx", reason="plans without a GPU need TensorRT-RTX: pip install tensorrt-rtx-cu13")
-    return next(builder for builder in find_builders(targets) if builder.library == "tensorrt_rtx")
+    return next(builder for builder in find_builders(targets) if builder.library.name == "tensorrt_rtx")
 
 
 def half_onnx(folder: Path, options: dict[str, Any]) -> Path:

@@ -1,6 +1,6 @@
 """What a float16 network must leave in float32, found by running real trajectories through the fp32 network.
 
-Every convolution, linear layer, norm and attention is watched over states from first to last timestep (export.verify).
+Every convolution, linear layer, norm and attention is watched over states from first to last timestep (export.subject).
 Three measurements decide, each with a limit below:
 
     magnitude     of inputs, results, weights and attention scores: beyond float16's range the block stays in float32
@@ -13,7 +13,7 @@ Three measurements decide, each with a limit below:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.networks.blocks.base import Block, Stream, Writers
+from engine.networks.inputs import Inputs
 from engine.networks.operators import REFERENCE, UsesOperators
 from engine.networks.unet import UNet
 from kernels import reference
@@ -63,25 +64,22 @@ class Ranges:
     rounding: dict[str, Peak] = field(default_factory=dict)
 
 
-def plan_fp16(unet: UNet, calls: Sequence[Mapping[str, Tensor]]) -> tuple[Fp32Part, ...]:
-    """The parts of a float32 network that its float16 form must leave in float32.
-
-    calls: the network's inputs by name, float32, as many batches as wished (engine.networks.inputs.Inputs.tensors).
-    """
-    return decide(unet, watch(unet, calls))
+def find_fp32_parts(unet: UNet, cases: Sequence[Inputs]) -> tuple[Fp32Part, ...]:
+    """The parts of a float32 network that its float16 form must leave in float32. cases: as many batches as wished."""
+    return decide(unet, watch(unet, cases))
 
 
-def watch(unet: UNet, calls: Sequence[Mapping[str, Tensor]]) -> Ranges:
-    """Run the network on the calls and measure; the network is left as it was."""
+def watch(unet: UNet, cases: Sequence[Inputs]) -> Ranges:
+    """Run the network on the cases and measure; the network is left as it was."""
     ranges = Ranges()
     for name, parameter in unet.named_parameters():
         if name != "time.frequencies":
             layer = name.rpartition(".")[0]
             largest = max(float(parameter.abs().max()), ranges.peaks.get(layer, Peak(0.0, None)).value)
             ranges.peaks[layer] = Peak(largest, None)
-    for inputs in calls:
-        with torch.no_grad(), _watched(unet, inputs["timestep"], ranges):
-            unet(**inputs)
+    for inputs in cases:
+        with torch.no_grad(), _watched(unet, inputs.timestep, ranges):
+            unet(**inputs.tensors())
     return ranges
 
 

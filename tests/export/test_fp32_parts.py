@@ -1,4 +1,4 @@
-"""Which parts of a network the planner leaves in float32, and what that does to its float16 form."""
+"""Which parts of a network its float16 form leaves in float32, and what that does to its float16 form."""
 
 import dataclasses
 
@@ -9,8 +9,9 @@ from helpers import adm_unet, random_network, tiny_manifest
 from engine.backends.eager.eager_backend import EagerBackend
 from engine.networks import config as c
 from engine.networks.half import cast_unet, norm_names
+from engine.networks.inputs import Inputs
 from engine.networks.unet import UNet
-from export.planner import LARGEST, plan_fp16, stream_writers, watch
+from export.fp32_parts import LARGEST, find_fp32_parts, stream_writers, watch
 from export.precision import GpuHalf, Precision, typed_unet
 from export.verify import LIMITS, Difference
 
@@ -26,23 +27,21 @@ def network(config: c.UNetConfig = CONFIG) -> UNet:
     return unet.eval().requires_grad_(False)
 
 
-def calls() -> list[dict[str, torch.Tensor]]:
+def cases() -> list[Inputs]:
     generator = torch.Generator().manual_seed(1)
-    return [
-        {"x_t": torch.randn(2, 1, 8, 8, generator=generator), "timestep": torch.tensor([999.0, t])} for t in (0, 500)
-    ]
+    return [Inputs(torch.randn(2, 1, 8, 8, generator=generator), torch.tensor([999.0, t])) for t in (0, 500)]
 
 
 def names(unet: UNet) -> dict[str, str]:
-    return {part.name: part.reason for part in plan_fp16(unet, calls())}
+    return {part.name: part.reason for part in find_fp32_parts(unet, cases())}
 
 
 def fp16_error(unet: UNet, parts: list[str]) -> float:
     """Of the float16 network with these parts in float32, as a GPU rounds it, relative to the output's rms."""
     typed, difference = typed_unet(unet, Precision.FP16, parts), Difference()
-    for inputs in calls():
+    for inputs in cases():
         with torch.no_grad(), GpuHalf():
-            difference.add(typed(**inputs), unet(**inputs))
+            difference.add(typed(**inputs.tensors()), unet(**inputs.tensors()))
     return difference.relative
 
 
@@ -55,14 +54,14 @@ def test_a_sane_network_is_fp16_throughout():
 def test_watching_leaves_no_trace():
     unet = network()
     before = {name: value.clone() for name, value in unet.state_dict().items()}
-    ranges = watch(unet, calls())
+    ranges = watch(unet, cases())
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
     assert not any(module._forward_hooks or "operators" in module.__dict__ for module in unet.modules())
     convolutions = {name for name, m in unet.named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))}
     assert convolutions <= set(ranges.peaks)
     assert set(ranges.norm_peaks) == set(ranges.rounding) == set(norm_names(unet))
     with torch.no_grad():
-        largest = max(float(unet(**inputs).abs().max()) for inputs in calls())
+        largest = max(float(unet(**inputs.tensors()).abs().max()) for inputs in cases())
     assert ranges.peaks[f"blocks.{len(unet.blocks) - 1}"].value >= largest
 
 
@@ -153,9 +152,9 @@ def test_bf16_rounds_norm_and_silu_once(scale_shift):
     errors = []
     for candidate in (typed, plain):
         difference = Difference()
-        for inputs in calls():
+        for inputs in cases():
             with torch.no_grad(), GpuHalf():
-                difference.add(candidate(**inputs), unet(**inputs))
+                difference.add(candidate(**inputs.tensors()), unet(**inputs.tensors()))
         errors.append(difference.relative)
     assert 1e-3 < errors[0] < errors[1] < LIMITS["bf16"]
 
@@ -183,18 +182,18 @@ def test_eager_takes_the_parts_from_the_manifest():
     unet = network()
     unet.blocks[FIRST].conv1.weight *= 1e5
     manifest = dataclasses.replace(tiny_manifest(CONFIG), fp32_parts=((f"blocks.{FIRST}", "conv1 reaches 1e+06"),))
-    inputs = calls()[0]
+    inputs = cases()[0]
     with torch.no_grad():
-        wanted = unet(**inputs)
+        wanted = unet(**inputs.tensors())
     backend = EagerBackend(manifest, unet, "fp16", None)
     with GpuHalf():
-        result = backend(inputs["x_t"], inputs["timestep"])
+        result = backend(inputs.x_t, inputs.timestep)
     assert float((result - wanted).abs().max()) < LIMITS["fp16"] * float(wanted.abs().max())
     assert float(unet.blocks[FIRST].conv1.weight.abs().max()) > LARGEST / 10
 
 
 def test_casting_to_float32_changes_nothing():
-    unet, inputs = network(), calls()[0]
+    unet, inputs = network(), cases()[0]
     with torch.no_grad():
-        before = unet(**inputs)
-        assert torch.equal(cast_unet(unet, torch.float32)(**inputs), before)
+        before = unet(**inputs.tensors())
+        assert torch.equal(cast_unet(unet, torch.float32)(**inputs.tensors()), before)
