@@ -222,10 +222,11 @@ class OursContender:
         return images.clamp(-1, 1)
 
     def _requests(self, sampler: Sampler, task: Task, guidance: ClassifierGuidance | None) -> list[Request]:
-        table = sampler.table(task.setting.timesteps(sampler.diffusion).tolist(), task.setting.sampler)
+        steps = task.setting.timesteps(sampler.diffusion).tolist()
         is_labelled = sampler.config.num_classes is not None or guidance is not None
         labels = list(task.classes) if is_labelled else None
-        made = sampler.requests(task.batch, table, labels, task.seed * task.batch, guidance=guidance)
+        seed, name = task.seed * task.batch, task.setting.sampler
+        made = sampler.requests(task.batch, steps=steps, sampler=name, labels=labels, seed=seed, guidance=guidance)
         given = task.labels(sampler.config)
         if given is not None:
             made = [dataclasses.replace(r, label=label) for r, label in zip(made, given, strict=True)]

@@ -150,7 +150,7 @@ def sample_table(checkpoint: Checkpoint, table: StepTable, a: dict[str, Tensor])
     backend, start = EagerBackend.from_checkpoint(checkpoint), a["x_T"]
     z = a["z"] if "z" in a else torch.zeros(0, *start.shape)
     labels = a["y"].tolist() if "y" in a else None
-    requests = Sampler(backend).requests(len(start), table, labels, seeds=range(len(start)))
+    requests = Sampler(backend).requests(len(start), table=table, labels=labels, seeds=range(len(start)))
     traj, x0 = run_slots(backend, requests, RecordedNoise(start.numpy(), z.numpy()))
     kept = {"traj": traj, "pred_xstart": x0, "sample": traj[-1]}
     return {name: value for name, value in kept.items() if name in a}

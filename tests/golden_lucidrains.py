@@ -126,8 +126,8 @@ def _sample(run: Run, a: dict[str, Tensor], table: StepTable, start: Tensor, z: 
     """x after each step, [steps, N, C, H, W], and its last entry."""
     backend = EagerBackend.from_checkpoint(checkpoint(run.case))
     n = len(start)
-    options = {"labels": a["y"].tolist(), "cfg_scale": _sampling_guidance(run)} if "y" in a else {}
-    requests = Sampler(backend).requests(n, table, seeds=range(n), **options)
+    options = {"labels": a["y"].tolist(), "guidance_scale": _sampling_guidance(run)} if "y" in a else {}
+    requests = Sampler(backend).requests(n, table=table, seeds=range(n), **options)
     traj, _ = run_slots(backend, requests, RecordedNoise(start.numpy(), z.numpy()))
     return {name: value for name, value in {"traj": traj, "sample": traj[-1]}.items() if name in a}
 

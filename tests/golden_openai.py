@@ -130,7 +130,12 @@ def _sample(run: Run, a: dict[str, Tensor], table: StepTable) -> dict[str, Tenso
     z = a["z"] if "z" in a else torch.zeros(0, *start.shape)
     conds = resize_condition(a["low_res"], backend.manifest.config.image_size) if "low_res" in a else None
     requests = Sampler(backend).requests(
-        n, table, a["y"].tolist() if "y" in a else None, seeds=range(n), guidance=guidance, cond=conds
+        n,
+        table=table,
+        labels=a["y"].tolist() if "y" in a else None,
+        seeds=range(n),
+        guidance=guidance,
+        image=conds,
     )
     traj, x0 = run_slots(backend, requests, RecordedNoise(start.numpy(), z.numpy()), guidance)
     kept = {"traj": traj, "pred_xstart": x0, "sample": traj[-1]}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine import ClassifierFreeGuidance, ClassifierGuidance, Sampler
 
-_CFG_FLAGS = ["--cfg-scale", "2.5", "--cfg-interval", "100", "900"]
+_CFG_FLAGS = ["--guidance-scale", "2.5", "--guidance-interval", "100", "900"]
 BACKENDS = (
     ("native", "fp32"),
     ("native", "bf16"),
@@ -42,7 +42,7 @@ def digest(*tensors: Tensor) -> str:
 
 def free_guidance(**values: Any) -> dict[str, Any]:
     """Classifier-free guidance as an option of sample()."""
-    return {"cfg_scale": ClassifierFreeGuidance(**values)}
+    return {"guidance_scale": ClassifierFreeGuidance(**values)}
 
 
 def samplings(sampler: Sampler) -> dict[str, dict[str, Any]]:
@@ -107,9 +107,7 @@ def command_lines(bundle: Path) -> Iterator[tuple[str, Callable[[], str]]]:
     lines = {
         "png": ["-n", "6", "--steps", "4", "--seed", "2"],
         "npz, cfg": ["-n", "5", "--steps", "4", "--format", "npz", "--class", "3", *_CFG_FLAGS],
-        "classifier": ["-n", "4", "--steps", "ddim4", "--guidance-scale", "1.5"]
-        if "--cfg-scale" in _CFG_FLAGS
-        else ["-n", "4", "--steps", "ddim4", "--classifier-scale", "1.5"],
+        "classifier": ["-n", "4", "--steps", "ddim4", "--classifier-scale", "1.5"],
         "shards": ["-n", "20", "--steps", "3", "--shard-size", "10", "--per-class", "--merge"],
         "shards png": ["-n", "10", "--steps", "3", "--shard-size", "5", "--format", "png"],
     }

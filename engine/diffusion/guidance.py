@@ -143,8 +143,8 @@ def require_null_class(config: UNetConfig) -> int:
     """The label that means none; raises RequestError for a network that has none."""
     if config.null_class is None or config.label is not LabelInput.TABLE:
         raise RequestError(
-            "classifier-free guidance needs a label that means none, and this checkpoint names none; leave cfg_scale "
-            "out, or export the checkpoint with --null-class"
+            "classifier-free guidance needs a label that means none, and this checkpoint names none; leave "
+            "guidance_scale out, or export the checkpoint with --null-class"
         )
     return config.null_class
 

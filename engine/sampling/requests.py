@@ -10,11 +10,12 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.diffusion.guidance import EVERYWHERE, ClassifierFreeGuidance, ClassifierGuidance, require_null_class
+from engine.diffusion.guidance import EVERYWHERE, ClassifierGuidance, require_null_class
 from engine.diffusion.noise import LABELS, uniform
 from engine.diffusion.solvers import StepTable
 from engine.errors import RequestError
-from engine.networks.config import LabelInput, UNetConfig
+from engine.networks.config import ClassifierConfig, LabelInput, UNetConfig
+from engine.sampling.options import Labels, SamplingOptions
 from engine.sampling.slots import Request
 
 logger = logging.getLogger(__name__)
@@ -22,45 +23,36 @@ logger = logging.getLogger(__name__)
 MOST_SHIFT = 1e3
 """Largest factor of a gradient in x0 that is no accident: 1 / sqrt(abar) where an image is still 1e-3 of x_t."""
 
-Labels = int | Sequence[int] | Sequence[Sequence[float]]
-"""One class for all images, a class for each, or a vector for each where the network takes vectors."""
 
+def make_requests(config: UNetConfig, n: int, table: StepTable, options: SamplingOptions) -> list[Request]:
+    """n requests for one table, checked against the network.
 
-def make_requests(
-    config: UNetConfig,
-    n: int,
-    table: StepTable,
-    *,
-    labels: Labels | None = None,
-    seed: int = 0,
-    seeds: Sequence[int] | None = None,
-    guidance: ClassifierGuidance | None = None,
-    cond: Tensor | None = None,
-    cfg_scale: float | ClassifierFreeGuidance = 1.0,
-) -> list[Request]:
-    """n requests for one table; the arguments and errors are those of Sampler.sample."""
+    Of the options those apply that belong to an image: labels, seed, seeds, guidance, guidance_scale and image. Raises
+    RequestError.
+    """
     if n < 1:
         raise RequestError(f"n is {n}; expected 1 or more images")
-    chosen = [seed + i for i in range(n)] if seeds is None else [int(s) for s in seeds]
-    if len(chosen) != n:
-        raise RequestError(f"{len(chosen)} seeds given for {n} images")
+    seeds = [options.seed + i for i in range(n)] if options.seeds is None else [int(s) for s in options.seeds]
+    if len(seeds) != n:
+        raise RequestError(f"{len(seeds)} seeds given for {n} images")
+    guidance, labels = options.guidance, options.labels
     vectors = _label_vectors(config, n, labels)
     if vectors and guidance is not None:
         raise RequestError("this network takes label vectors, which a classifier does not know; leave guidance out")
-    classes = _labels(config, n, None if vectors else labels, chosen, guidance)
+    classes = _labels(config, n, None if vectors else labels, seeds, guidance)
     known = guidance.guide.config.num_classes if guidance is not None else None
     if known is not None and (wrong := [y for y in classes if y >= known]):
         raise RequestError(
             f"label {wrong[0]} is unknown to the classifier, which has classes 0 to {known - 1}; choose one of "
             "these or leave guidance out"
         )
-    conds = _conditions(config, n, cond)
+    conds = _conditions(config, n, options.image)
     scale = guidance.scale if guidance is not None else 0.0
     if not math.isfinite(scale):
         raise RequestError(f"the guidance scale is {scale}; expected a finite number")
     if guidance is not None and scale and guidance.interval == EVERYWHERE:
         _warn_of_wild_rows(table)
-    cfg = cfg_scale if isinstance(cfg_scale, ClassifierFreeGuidance) else ClassifierFreeGuidance(cfg_scale)
+    cfg = options.free_guidance
     if cfg.is_active:
         require_null_class(config)
     is_labelled = config.num_classes is not None
@@ -68,7 +60,7 @@ def make_requests(
         Request(
             i,
             table,
-            chosen[i],
+            seeds[i],
             vectors[i] if vectors else classes[i] if is_labelled else 0,
             classes[i],
             scale,
@@ -94,15 +86,14 @@ def _warn_of_wild_rows(table: StepTable) -> None:
 def _labels(
     config: UNetConfig, n: int, labels: Labels | None, seeds: list[int], guidance: ClassifierGuidance | None
 ) -> list[int]:
-    rows = config.num_classes
-    if rows is None and guidance is not None:
-        rows = guidance.guide.config.num_classes
+    classifier = None if guidance is None else guidance.guide.config
+    rows = _label_count(config, classifier)
     if rows is None:
         if labels is not None:
             raise RequestError("this network takes no labels and no classifier was given; leave labels out")
         return [0] * n
     if labels is None:
-        return _drawn_labels(config, rows, seeds)
+        return _drawn_labels(drawable_labels(config, classifier), seeds)
     given = [labels] * n if isinstance(labels, int) else [int(y) for y in labels if not isinstance(y, Sequence)]
     if len(given) != n:
         raise RequestError(f"{len(given)} labels given for {n} images")
@@ -125,29 +116,42 @@ def _label_vectors(config: UNetConfig, n: int, labels: Labels | None) -> list[tu
     return [tuple(float(number) for number in vector) for vector in given if isinstance(vector, Sequence)]
 
 
-def _drawn_labels(config: UNetConfig, rows: int, seeds: list[int]) -> list[int]:
-    """A class for each seed, uniform over all but the null class."""
-    classes = [y for y in range(rows) if y != config.null_class]
+def drawable_labels(config: UNetConfig, classifier: ClassifierConfig | None = None) -> list[int]:
+    """The classes that are drawn where no label is given: all but the null class; none where nothing takes labels.
+
+    classifier: the guiding classifier's, whose classes count where the network takes no labels.
+    """
+    return [y for y in range(_label_count(config, classifier) or 0) if y != config.null_class]
+
+
+def _label_count(config: UNetConfig, classifier: ClassifierConfig | None) -> int | None:
+    if config.num_classes is None and classifier is not None:
+        return classifier.num_classes
+    return config.num_classes
+
+
+def _drawn_labels(classes: list[int], seeds: list[int]) -> list[int]:
+    """A class for each seed, uniform over these."""
     u = uniform(seeds, [0] * len(seeds), stream=LABELS)
     return [classes[int(value * len(classes))] for value in u]
 
 
-def _conditions(config: UNetConfig, n: int, cond: Tensor | None) -> list[Tensor | None]:
+def _conditions(config: UNetConfig, n: int, image: Tensor | None) -> list[Tensor | None]:
     channels = 0 if config.self_condition else config.cond_channels
     if channels == 0:
-        if cond is not None:
-            raise RequestError("this network takes no condition image; leave cond out")
+        if image is not None:
+            raise RequestError("this network takes no condition image; leave image out")
         return [None] * n
-    if cond is None or cond.ndim != 4 or tuple(cond.shape[:2]) != (n, channels):
-        got = "nothing" if cond is None else f"shape {tuple(cond.shape)}"
+    if image is None or image.ndim != 4 or tuple(image.shape[:2]) != (n, channels):
+        got = "nothing" if image is None else f"shape {tuple(image.shape)}"
         raise RequestError(
-            f"this network takes a condition image for each image: cond [{n}, {channels}, h, w], got {got}"
+            f"this network takes a condition image for each image: image [{n}, {channels}, h, w], got {got}"
         )
-    return list(resize_condition(cond, config.image_size))
+    return list(resize_condition(image, config.image_size))
 
 
-def resize_condition(cond: Tensor, image_size: tuple[int, int]) -> Tensor:
+def resize_condition(image: Tensor, image_size: tuple[int, int]) -> Tensor:
     """A low-resolution image [n, Cc, h, w] at the network's size, bilinear as in guided-diffusion's SuperResModel."""
-    if tuple(cond.shape[2:]) == image_size:
-        return cond.float()
-    return F.interpolate(cond.float(), image_size, mode="bilinear")
+    if tuple(image.shape[2:]) == image_size:
+        return image.float()
+    return F.interpolate(image.float(), image_size, mode="bilinear")

@@ -245,8 +245,8 @@ def test_the_loop_makes_our_images(kind, guided, setting):
         wanted = OursContender(sampler, AutogradGuide(classifier)).run(task, open_gate)
     else:
         guidance = ClassifierGuidance(AutogradGuide(classifier), task.scale) if guided else None
-        table = sampler.table(setting.timesteps(diffusion).tolist(), "ddpm")
-        made = sampler.requests(2, table, list(task.classes), seeds=[0, 1], guidance=guidance)
+        table = sampler.table(steps=setting.timesteps(diffusion).tolist(), sampler="ddpm")
+        made = sampler.requests(2, table=table, labels=list(task.classes), seeds=[0, 1], guidance=guidance)
         start = task.start(config, CPU)
         made = [
             dataclasses.replace(r, label=y, x_start=x)

@@ -9,7 +9,7 @@ import torch
 from elementwise import finished
 from helpers import adm_classifier, adm_unet, write_checkpoint
 
-from engine import ClassifierFreeGuidance, Sampler, load_checkpoint
+from engine import ClassifierFreeGuidance, Sampler, SamplingOptions, load_checkpoint
 from engine.bundle.folder import Bundle
 from engine.sampling.sampler import Request
 from export.to_onnx import export_bundle
@@ -46,15 +46,15 @@ def requests_of(sampler: Sampler, steps: dict[str, int]) -> list[Request]:
         ("ddim", steps["few"], {"eta": 0.5}, 1.5, free[2]),
         ("dpmpp", steps["dpmpp"], {}, 0.0, free[2]),
         ("plms", steps["plms"], {}, 2.0, free[1]),
-        ("ddim", steps["few"], {"plus_plus": True}, 0.0, free[3]),
+        ("ddim", steps["few"], {}, 0.0, free[3]),
         ("ddpm", steps["ddim"], {}, 6.0, free[0]),
     ]
     made: list[Request] = []
     for number in range(2 * len(kinds)):
         name, count, options, scale, cfg = kinds[number % len(kinds)]
-        table = sampler.table(count, name, **options)
         guidance = sampler.classifier_guidance(scale)
-        request = sampler.requests(1, table, number % 4, seed=90 + number, guidance=guidance, cfg_scale=cfg)[0]
+        chosen = SamplingOptions(steps=count, sampler=name, labels=number % 4, seed=90 + number, **options)
+        request = sampler.requests(1, chosen, guidance=guidance, guidance_scale=cfg)[0]
         made.append(dataclasses.replace(request, index=number))
     return made
 

@@ -26,7 +26,7 @@ from kernels.philox import philox_normal
 
 
 def fill(slots: GraphSlots, sampler: Sampler, steps: int = 5, **options: Any) -> None:
-    requests = sampler.requests(slots.capacity, sampler.table(steps, "ddim"), **options)
+    requests = sampler.requests(slots.capacity, table=sampler.table(steps=steps, sampler="ddim"), **options)
     for slot, request in zip(slots.free, requests, strict=True):
         slots.enter(slot, request)
 
@@ -62,7 +62,7 @@ def test_a_graph_for_each_variant_once():
     slots = slots_of(device, backend, 2, guide=guide, guide_interval=(40.0, 99.0))
     sampler, guidance = Sampler(backend), ClassifierGuidance(guide, 1.0, (40.0, 99.0))
     for _ in range(3):
-        fill(slots, sampler, 20, guidance=guidance, cfg_scale=ClassifierFreeGuidance(2.0, interval=(20.0, 70.0)))
+        fill(slots, sampler, 20, guidance=guidance, guidance_scale=ClassifierFreeGuidance(2.0, interval=(20.0, 70.0)))
         while not slots.is_empty:
             slots.step()
     assert set(slots.captured) == {
@@ -93,7 +93,9 @@ def test_shadow_rows_are_the_devices():
     """At every step; a finished slot rests until it is filled again, and changes nothing."""
     backend = CapturableElementwise(LABELLED)
     slots, sampler = slots_of(RecordingDevice(), backend, 3), Sampler(backend)
-    made = [sampler.requests(1, sampler.table(steps, "ddpm"), seed=steps)[0] for steps in (2, 5, 3, 4)]
+    made = [
+        sampler.requests(1, table=sampler.table(steps=steps, sampler="ddpm"), seed=steps)[0] for steps in (2, 5, 3, 4)
+    ]
     for slot, request in enumerate(made[:3]):
         slots.enter(slot, request)
     resting = []
@@ -149,11 +151,11 @@ def test_tables_take_the_place_of_tables_that_nobody_uses():
     backend, device = CapturableElementwise(PLAIN), RecordingDevice()
     slots, sampler = slots_of(device, backend, 2), Sampler(backend)
     rows = len(slots._state.arena)
-    long = sampler.requests(1, sampler.table(100, "ddim"), seed=1)[0]
+    long = sampler.requests(1, table=sampler.table(steps=100, sampler="ddim"), seed=1)[0]
     slots.enter(0, long)
     placed = slots._placed[0]
     for number in range(2 * rows // 100):
-        slots.enter(1, sampler.requests(1, sampler.table(100, "ddim"), seed=number)[0])
+        slots.enter(1, sampler.requests(1, table=sampler.table(steps=100, sampler="ddim"), seed=number)[0])
         assert slots._placed[1].first > placed.last or slots._placed[1].last < placed.first
         slots._leave(1)
     while not slots.is_empty:
@@ -177,7 +179,7 @@ ENTER = {
 @pytest.mark.parametrize("message", ENTER)
 def test_refusals(message):
     backend = CapturableElementwise(PLAIN)
-    request = Sampler(backend).requests(1, Sampler(backend).table(2, "ddim"))[0]
+    request = Sampler(backend).requests(1, table=Sampler(backend).table(steps=2, sampler="ddim"))[0]
     with pytest.raises(RequestError, match=message):
         ENTER[message](slots_of(RecordingDevice(), backend, 1), request)
     with pytest.raises(RequestError, match="pass cond"):
