@@ -54,14 +54,12 @@ def guided(sampler: Sampler, guide: Guide, scale: float, n: int) -> Tensor:
     """n images [n, 1, 32, 32] from seeds 0 to n - 1, the classes asked for in turn, the network itself unlabelled."""
     guidance = ClassifierGuidance(guide, scale)
     labels = [i % CLASSES for i in range(n)]
-    null = sampler.config.null_class
-    assert null is not None
     requests = [
-        dataclasses.replace(request, label=null)
+        dataclasses.replace(request, conditions=request.without or request.conditions)
         for request in sampler.requests(n, steps=STEPS, labels=labels, guidance=guidance if scale else None)
     ]
     images = torch.empty(n, sampler.config.in_channels, *sampler.config.image_size)
-    for step in sampler.run(requests, guidance if scale else None, batch_size=BATCH):
+    for step in sampler.run(requests, guide, batch_size=BATCH):
         if step.is_last:
             images[step.request.index] = step.x_prev.clamp(-1, 1)
     return images

@@ -16,10 +16,12 @@ from torch import Tensor
 from engine.backends.eager.eager_backend import EagerBackend
 from engine.backends.protocol import Backend
 from engine.checkpoints.types import Checkpoint
-from engine.diffusion.guidance import ClassifierGuidance
+from engine.diffusion.guidance import Guide
 from engine.diffusion.noise import RecordedNoise
 from engine.diffusion.solvers import StepTable
-from engine.sampling.sampler import Request, Sampler, Slots
+from engine.sampling.requests import Request
+from engine.sampling.sampler import Sampler
+from engine.sampling.slots import Slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,11 +125,11 @@ def run_slots(
     backend: Backend,
     requests: Iterable[Request],
     noise: RecordedNoise,
-    guidance: ClassifierGuidance | None = None,
+    guide: Guide | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run requests side by side with recorded noise: x after each step and x0 of each step, [steps, N, C, H, W]."""
     waiting = list(requests)
-    slots = Slots(backend, len(waiting), guidance, noise)
+    slots = Slots(backend, len(waiting), guide, noise)
     for slot, request in enumerate(waiting):
         slots.enter(slot, request)
     traj, x0 = [], []

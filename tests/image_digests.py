@@ -41,8 +41,8 @@ def digest(*tensors: Tensor) -> str:
 
 
 def free_guidance(**values: Any) -> dict[str, Any]:
-    """Classifier-free guidance as an option of sample()."""
-    return {"guidance_scale": ClassifierFreeGuidance(**values)}
+    """Classifier-free guidance as options of sample(): both halves count in its batch of three images."""
+    return {"guidance_scale": ClassifierFreeGuidance(**values), "batch_size": 6}
 
 
 def samplings(sampler: Sampler) -> dict[str, dict[str, Any]]:
@@ -96,7 +96,7 @@ def verbs(sampler: Sampler) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     yield "img2img ddpm", lambda: sampler.img2img(images, 0.6, sampler="ddpm", **_SHORT)
     yield "inpaint", lambda: sampler.inpaint(images, mask, **_SHORT)
     yield "inpaint jumps", lambda: sampler.inpaint(images, mask, jump_length=2, resamplings=2, **_SHORT)
-    yield "inpaint cfg", lambda: sampler.inpaint(images, mask, sampler="ddpm", **free_guidance(scale=2.0), **_SHORT)
+    yield "inpaint cfg", lambda: sampler.inpaint(images, mask, sampler="ddpm", **_SHORT | free_guidance(scale=2.0))
     yield "nll", lambda: sampler.nll(images, steps=4)
 
 

@@ -31,7 +31,8 @@ from engine.errors import OutputError, RequestError
 from engine.files import atomic_path, make_folder
 from engine.images import Bytes, to_uint8
 from engine.sampling.options import SamplingOptions, refuse
-from engine.sampling.sampler import Request, Sampler
+from engine.sampling.requests import Request
+from engine.sampling.sampler import Sampler
 
 RUN_NAME = "run.json"
 _SHARD_NAME = re.compile(r"shard-\d+(\.npz)?")
@@ -173,7 +174,7 @@ class _Run:
 
     def shard(self, number: int, requests: list[Request]) -> Shard:
         start = self._job.images_of(number).start
-        labels = tuple(r.classifier_label for r in requests) if self._is_labelled else None
+        labels = tuple(r.label or 0 for r in requests) if self._is_labelled else None
         return Shard(number, start, tuple(r.seed for r in requests), labels, self._shape)
 
     def shards(self) -> Iterator[Shard]:
@@ -183,7 +184,7 @@ class _Run:
     def images(self, requests: list[Request]) -> Iterator[tuple[int, Bytes]]:
         """Finished images of a shard with their place in it, uint8 [H, W, C]; the slots start empty for each shard."""
         options = self._job.options
-        for step in self._sampler.run(requests, options.guidance, batch_size=options.batch_size):
+        for step in self._sampler.run(requests, options.guide, batch_size=options.batch_size):
             if step.is_last:
                 yield step.request.index, to_uint8(step.x_prev[None])[0]
 

@@ -24,8 +24,8 @@ from engine.files import atomic_path, make_folder
 from engine.images import Bytes, check_png_channels, grid, save_images, save_npz, save_png, to_uint8
 from engine.networks.classifier import AutogradGuide
 from engine.sampling.options import Labels, SamplingOptions
-from engine.sampling.requests import drawable_labels
-from engine.sampling.sampler import Request, Sampler
+from engine.sampling.requests import Request, drawable_labels, images_at_a_time
+from engine.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def _run(
     start = time.perf_counter()
     total = sum(len(request.table) for request in requests)
     with tqdm(total=total, unit="step", desc="sampling", disable=None) as bar:
-        for step in sampler.run(requests, options.guidance, batch_size=options.batch_size):
+        for step in sampler.run(requests, options.guide, batch_size=options.batch_size):
             bar.update()
             if step.is_last:
                 number = step.request.index
@@ -101,7 +101,7 @@ def _written_on_interrupt(args: argparse.Namespace, requests: list[Request], res
         done = sorted(results.images)
         if args.out is not None and done:
             if args.format == "npz":
-                labels = [requests[i].classifier_label for i in done]
+                labels = [requests[i].label or 0 for i in done]
                 save_npz(args.out / "samples.npz", np.concatenate([results.images[i] for i in done]), labels)
             _write_table(args, [requests[i] for i in done])
 
@@ -110,7 +110,7 @@ def _write_table(args: argparse.Namespace, requests: list[Request]) -> None:
     with atomic_path(args.out / "samples.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["index", "seed", "label"])
-        writer.writerows([r.index, r.seed, r.classifier_label] for r in requests)
+        writer.writerows([r.index, r.seed, r.label or 0] for r in requests)
 
 
 def _guidance(args: argparse.Namespace, sampler: Sampler) -> ClassifierGuidance | None:
@@ -180,8 +180,9 @@ def _columns(args: argparse.Namespace, sampler: Sampler, options: SamplingOption
 def _report(args: argparse.Namespace, sampler: Sampler, requests: list[Request], results: _Results) -> None:
     steps = len(requests[0].table)
     # Slots are refilled as they empty, and all requests here have the same length: rounds of full batches.
-    calls = math.ceil(args.n / args.batch_size) * steps
-    batch = min(args.n, args.batch_size)
+    rounds = math.ceil(args.n / images_at_a_time(requests, args.batch_size))
+    calls = rounds * steps
+    batch = min(args.n, images_at_a_time(requests, args.batch_size))
     summary = {
         "images": len(results.images),
         "steps": steps,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance
+from engine.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance, Guide
 from engine.diffusion.ladder import Steps
 from engine.diffusion.noise import NoiseSource, normal
 from engine.diffusion.prediction import Diffusion, Variance
@@ -93,6 +93,11 @@ class SamplingOptions:
         """guidance_scale as a ClassifierFreeGuidance; raises RequestError for a number that is not finite."""
         given = self.guidance_scale
         return given if isinstance(given, ClassifierFreeGuidance) else ClassifierFreeGuidance(float(given))
+
+    @property
+    def guide(self) -> Guide | None:
+        """The classifier of guidance, None without."""
+        return None if self.guidance is None else self.guidance.guide
 
     def table(self, diffusion: Diffusion) -> StepTable:
         """The table of the sampler on a checkpoint's schedule; errors as in engine.diffusion.solvers.named_table."""

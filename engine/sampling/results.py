@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.sampling.slots import Step
+from engine.sampling.slot_batch import Step
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -16,22 +17,20 @@ from torch import Tensor
 from engine.backends.protocol import Backend
 from engine.backends.registry import open_backend, open_guide
 from engine.bundle.folder import Bundle
-from engine.diffusion.guidance import ClassifierGuidance
+from engine.diffusion.guidance import ClassifierGuidance, Guide
 from engine.diffusion.ladder import Steps
 from engine.diffusion.noise import NOISE, NoiseSource, normal
 from engine.diffusion.repaint import with_jumps
 from engine.diffusion.solvers import StepTable, ddim_inversion_table, ddim_table, for_plus_plus, starting_level
 from engine.errors import RequestError
-from engine.networks.inputs import Conditions
+from engine.networks.inputs import join_conditions
 from engine.sampling.likelihood import variational_bound
-from engine.sampling.options import Labels, SamplingOptions, changed_options, refuse
+from engine.sampling.options import SamplingOptions, changed_options, refuse
 from engine.sampling.pool import SlotPool
-from engine.sampling.requests import make_requests, resize_condition
+from engine.sampling.requests import Request, images_at_a_time, make_requests, unlabelled
 from engine.sampling.results import Preview, Progress, previews
-from engine.sampling.slots import Request, Slots, Step, label_tensor
+from engine.sampling.slot_batch import SlotBatch, Step
 from engine.sampling.starts import great_circle, noised
-
-__all__ = ["Labels", "Request", "Sampler", "Slots", "Step", "resize_condition"]
 
 
 class Sampler:
@@ -213,20 +212,18 @@ class Sampler:
         x0 = self._images(images)
         if self.config.self_condition:
             raise RequestError("the bound takes each step by itself; this network is given the x0 of the step before")
-        given = self._unlabelled(changed_options(options, changes))
+        given = unlabelled(self.config, changed_options(options, changes))
         unused = ("sampler", "eta", "variance", "guidance", "guidance_scale")
         refuse(given, unused, f"the bound belongs to the network alone; leave {', '.join(unused)} out")
         made = make_requests(self.config, len(x0), ddim_table(self.diffusion, 1), given)
         totals = []
         for first in range(0, len(made), given.batch_size):
             part = made[first : first + given.batch_size]
-            label = label_tensor(self.config, part)
-            image = torch.stack([r.cond for r in part if r.cond is not None]) if given.image is not None else None
             terms = variational_bound(
                 self.backend,
                 x0[first : first + given.batch_size],
                 len(self.diffusion.schedule) if steps is None else steps,
-                conditions=Conditions(label, image),
+                conditions=join_conditions([request.conditions for request in part]),
                 seeds=[r.seed for r in part],
                 noise=given.noise,
             )
@@ -257,19 +254,23 @@ class Sampler:
     def run(
         self,
         requests: Iterable[Request],
-        guidance: ClassifierGuidance | None = None,
+        guide: Guide | None = None,
         noise: NoiseSource = normal,
         batch_size: int = 16,
     ) -> Iterator[Step]:
         """Every step of every request, as they happen; a finished image's slot goes to the next request.
 
-        On a GPU a step whose image is not finished must be read, if at all, before the next is asked for (see Step).
-        batch_size: the largest batch of the network.
+        guide: the classifier of requests with guidance, e.g. options.guidance.guide. noise, batch_size: as in
+        SamplingOptions. There are as many slots as one call of the network can step, as the first batch_size requests
+        need it; later ones are taken when a slot is free for them, no earlier. On a GPU a step whose image is not
+        finished must be read, if at all, before the next is asked for (see Step). Raises RequestError for a request
+        that does not fit the network.
         """
         waiting = iter(requests)
         first = list(islice(waiting, batch_size))
         waiting = chain(first, waiting)
-        with self._pool.borrow(first, guidance, noise, batch_size) as slots:
+        capacity = max(1, min(len(first), images_at_a_time(first, batch_size)))
+        with self._pool.borrow(capacity, guide, noise, batch_size) as slots:
             while True:
                 for slot in slots.free:
                     request = next(waiting, None)
@@ -280,20 +281,37 @@ class Sampler:
                     return
                 yield from slots.step()
 
+    def slots(
+        self,
+        capacity: int,
+        guide: Guide | None = None,
+        noise: NoiseSource = normal,
+        batch_size: int | None = None,
+    ) -> AbstractContextManager[SlotBatch]:
+        """Empty slots for images of many callers, who enter, step and leave them as they like; see SlotBatch.
+
+        To be used in a `with` block, at whose end the images in progress are dropped. capacity: images in progress.
+        guide: the classifier of requests with guidance, None where there are none such. noise: as in SamplingOptions.
+        batch_size: the network's largest batch, `capacity` or more; None for twice the capacity, so that
+        classifier-free guidance takes one call a step. Requests are made by requests(). Raises RequestError.
+        """
+        if capacity < 1:
+            raise RequestError(f"capacity is {capacity}; expected 1 or more slots")
+        if batch_size is not None and batch_size < capacity:
+            raise RequestError(f"batch_size is {batch_size}; expected {capacity} or more, for one call steps all slots")
+        return self._pool.borrow(capacity, guide, noise, 2 * capacity if batch_size is None else batch_size)
+
     @property
     def _shape(self) -> tuple[int, int, int]:
         return (self.config.in_channels, *self.config.image_size)
 
     def _made(self, n: int, options: SamplingOptions) -> _Run:
         """The requests of a verb, with the options that they are run with."""
-        requests = make_requests(self.config, n, options.table(self.diffusion), options)
-        if options.guidance is not None:
-            self._check_guide(options.guidance)
-        return _Run(requests, options)
+        return _Run(make_requests(self.config, n, options.table(self.diffusion), options), options)
 
     def _steps(self, made: _Run) -> Iterator[Step]:
         options = made.options
-        return self.run(made.requests, options.guidance, options.noise, options.batch_size)
+        return self.run(made.requests, options.guide, options.noise, options.batch_size)
 
     def _raw(self, made: _Run) -> Tensor:
         """The last x of every request, [n, C, H, W]."""
@@ -322,23 +340,7 @@ class Sampler:
     def _deterministic(self, options: SamplingOptions, verb: str) -> SamplingOptions:
         """The options of DDIM with eta 0, where no label is the null class."""
         refuse(options, ("sampler", "eta"), f"{verb} is DDIM with eta 0; leave sampler and eta out")
-        return self._unlabelled(options)
-
-    def _unlabelled(self, options: SamplingOptions) -> SamplingOptions:
-        """Options in which no label is the null class, rather than one drawn from a seed."""
-        if options.labels is not None or self.config.num_classes is None:
-            return options
-        if self.config.null_class is None:
-            raise RequestError("this network needs labels, and none of them means none; pass labels")
-        return dataclasses.replace(options, labels=self.config.null_class)
-
-    def _check_guide(self, guidance: ClassifierGuidance) -> None:
-        config = guidance.guide.config
-        if (config.in_channels, config.image_size) != (self.config.in_channels, self.config.image_size):
-            raise RequestError(
-                f"the classifier reads {config.in_channels} channels of {config.image_size}, the network makes "
-                f"{self.config.in_channels} of {self.config.image_size}; use the classifier trained for it"
-            )
+        return unlabelled(self.config, options)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

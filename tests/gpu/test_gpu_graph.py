@@ -19,8 +19,10 @@ from engine.diffusion.guidance import ClassifierGuidance
 from engine.diffusion.noise import normal
 from engine.networks.inputs import Conditions, Inputs
 from engine.sampling.graph_slots import GraphSlots
+from engine.sampling.options import SamplingOptions
 from engine.sampling.pool import SlotPool
-from engine.sampling.sampler import Sampler, Slots
+from engine.sampling.sampler import Sampler
+from engine.sampling.slots import Slots
 from kernels.philox import philox_normal
 
 pytestmark = pytest.mark.gpu
@@ -73,13 +75,14 @@ class GradientOnCuda:
 def both(backend: EagerBackend, n: int, batch_size: int = 8, **options: Any) -> tuple[Any, Any, GraphSlots]:
     """Images of the plain slots and of the graphs, and the slots that made the latter."""
     sampler = Sampler(backend)
-    plan = sampler._plan(n, batch_size=batch_size, **options)
-    slots, expected, waiting = Slots(backend, batch_size, plan.guidance), {}, list(plan.requests)
+    chosen = SamplingOptions(batch_size=batch_size, **options)
+    requests = sampler.requests(n, chosen)
+    slots, expected, waiting = Slots(backend, batch_size, chosen.guide), {}, list(requests)
     while waiting or not slots.is_empty:
         for slot in slots.free[: len(waiting)]:
             slots.enter(slot, waiting.pop(0))
         expected |= finished(slots.step())
-    got = finished(sampler.run(plan.requests, plan.guidance, batch_size=batch_size))
+    got = finished(sampler.run(requests, chosen.guide, batch_size=batch_size))
     (used,) = sampler._pool._idle.values()
     return expected, got, used
 

@@ -300,7 +300,9 @@ def test_images_of_a_network_that_overflows(tmp_path, monkeypatch, bundle):
     """NaN from a network is an error and no black square."""
     broken = tmp_path / "b.engine"
     shutil.copytree(bundle, broken)
-    monkeypatch.setattr("engine.networks.unet.UNet.forward", lambda self, x_t, *_: torch.full_like(x_t, torch.nan))
+    monkeypatch.setattr(
+        "engine.networks.unet.UNet.forward", lambda self, x_t, *_, **__: torch.full_like(x_t, torch.nan)
+    )
     outcome = sample(broken, "-n", 1, "--out", tmp_path / "o")
     assert "hold NaN" in outcome.error
     assert names(tmp_path / "o") == []

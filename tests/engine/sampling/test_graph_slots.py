@@ -25,7 +25,9 @@ from engine.diffusion.guidance import ClassifierGuidance
 from engine.diffusion.noise import normal
 from engine.diffusion.prediction import Prediction, Variance
 from engine.errors import BackendError, RequestError
-from engine.sampling.sampler import Request, Sampler, Slots
+from engine.sampling.requests import Request
+from engine.sampling.sampler import Sampler
+from engine.sampling.slots import Slots
 
 
 def pair(config: Any, **manifest: Any) -> tuple[Sampler, Sampler]:
@@ -144,11 +146,11 @@ def test_requests_of_every_kind_share_a_batch():
             cfg = [*CFG.values(), None][(kind + i) % 8]
             index = len(requests)
             plus_plus = cfg is not None and cfg.plus_plus and name != "ddim"
-            requests.append(dataclasses.replace(request, index=index, cfg=None if plus_plus else cfg))
+            requests.append(dataclasses.replace(request, index=index, free_guidance=None if plus_plus else cfg))
     mixed = [requests[i] for i in np.random.default_rng(0).permutation(len(requests))]
-    expected = finished(host.run(mixed, guidance, batch_size=5))
+    expected = finished(host.run(mixed, guidance.guide, batch_size=5))
     for batch_size in (2, 7, 10):
-        got = finished(device.run(mixed, guidance, batch_size=batch_size))
+        got = finished(device.run(mixed, guidance.guide, batch_size=batch_size))
         assert got.keys() == expected.keys()
         for index, image in got.items():
             torch.testing.assert_close(image, expected[index], **SAME)
@@ -263,8 +265,7 @@ def test_the_plain_slots_where_a_graph_cannot_be():
     def own(*args: Any) -> Any:
         return normal(*args)
 
-    table = host.table(steps=3, sampler="ddim")
-    for guidance, noise in ((None, own), (ClassifierGuidance(CountingGuide()), normal)):
-        with device._pool.borrow(host.requests(2, table=table), guidance, noise, 2) as slots:
+    for guide, noise in ((None, own), (CountingGuide(), normal)):
+        with device.slots(2, guide, noise) as slots:
             assert isinstance(slots, Slots)
     assert not device._pool._idle

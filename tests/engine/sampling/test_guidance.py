@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from elementwise import LABELLED, PLAIN, SAMPLERS, CountingGuide, Elementwise, finished
+from elementwise import LABELLED, PLAIN, SAMPLERS, CountingGuide, Elementwise, finished, guided, labelled_request
 from helpers import adm_unet, random_network, tiny_manifest
 from torch import Tensor
 
 from engine.backends.eager.eager_backend import EagerBackend
-from engine.diffusion.guidance import EVERYWHERE, ClassifierFreeGuidance, ClassifierGuidance, guided_out
+from engine.diffusion.guidance import EVERYWHERE, ClassifierFreeGuidance, ClassifierGuidance
 from engine.diffusion.ladder import visited_timesteps
 from engine.diffusion.noise import normal
 from engine.diffusion.prediction import Diffusion, Prediction, Variance
@@ -22,8 +22,9 @@ from engine.errors import RequestError
 from engine.networks.config import LabelInput
 from engine.networks.inputs import UNCONDITIONED, Conditions
 from engine.sampling.options import SamplingOptions
-from engine.sampling.requests import make_requests
-from engine.sampling.sampler import Request, Sampler, Slots
+from engine.sampling.requests import Request, make_requests
+from engine.sampling.sampler import Sampler
+from engine.sampling.slots import Slots
 
 NULL = LABELLED.null_class
 
@@ -57,9 +58,9 @@ def test_the_papers_line(options, scale):
 def test_the_variance_channels_are_the_labelled_ones():
     labelled, without = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)).unbind()
     for cfg in (ClassifierFreeGuidance(4.0), ClassifierFreeGuidance(4.0, 0.7, 0.2)):
-        assert torch.equal(guided_out(labelled, without, cfg, 2)[2:], labelled[2:])
-        changed = guided_out(labelled, torch.cat([without[:2], labelled[2:] + 9]), cfg, 2)
-        assert torch.equal(changed, guided_out(labelled, without, cfg, 2))
+        assert torch.equal(guided(labelled, without, cfg, 2)[2:], labelled[2:])
+        changed = guided(labelled, torch.cat([without[:2], labelled[2:] + 9]), cfg, 2)
+        assert torch.equal(changed, guided(labelled, without, cfg, 2))
 
 
 def test_scale_1_is_one_call_of_the_labelled_network():
@@ -78,10 +79,10 @@ def test_one_doubled_batch_of_the_guided_images_only():
     sampler = Sampler(backend)
     table, short = sampler.table(steps=4, sampler="ddim"), sampler.table(steps=2, sampler="ddim")
     slots = Slots(backend, 3)
-    slots.enter(0, Request(0, table, 0, label=3, cfg=ClassifierFreeGuidance(2.0)))
-    slots.enter(1, Request(1, table, 1, label=4))
+    slots.enter(0, labelled_request(0, table, 0, 3, ClassifierFreeGuidance(2.0)))
+    slots.enter(1, labelled_request(1, table, 1, 4))
     slots.step()
-    slots.enter(2, Request(2, short, 2, label=5, cfg=ClassifierFreeGuidance(0.0)))
+    slots.enter(2, labelled_request(2, short, 2, 5, ClassifierFreeGuidance(0.0)))
     slots.step()
     assert backend.timesteps == [[99.0, 99.0, 99.0], [66.0, 66.0, 99.0, 66.0, 99.0]]
     assert backend.labels == [[3, 4, NULL], [3, 4, 5, NULL, NULL]]
@@ -104,7 +105,7 @@ def test_a_seed_is_an_image_beside_other_guidance():
     for cfg in VARIANTS:
         for sampler_name, steps in (("ddim", 5), ("ddpm", 3), ("dpmpp", 7)):
             made = sampler.requests(1, steps=steps, sampler=sampler_name, labels=3, seed=len(requests))
-            requests.append(dataclasses.replace(made[0], index=len(requests), cfg=cfg))
+            requests.append(dataclasses.replace(made[0], index=len(requests), free_guidance=cfg))
     alone = {r.index: finished(sampler.run([r]))[r.index] for r in requests}
     for batch_size in (2, 5, 18):
         together = finished(sampler.run(requests[::-1], batch_size=batch_size))
@@ -119,7 +120,7 @@ def test_a_real_network_beside_two_calls():
     table = Sampler(backend).table(steps=1, sampler="ddim")
     x, t = Slots(backend, 1), torch.full((1,), float(table.timestep[0]))
     for i, y in enumerate((0, 2)):
-        x.enter(0, Request(0, table, 5 + i, label=y))
+        x.enter(0, Request(0, table, 5 + i, Conditions(torch.tensor([y]))))
         start = x._x_t[:1].clone()
         x.step()
         with torch.inference_mode():
@@ -133,23 +134,23 @@ def test_a_real_network_beside_two_calls():
 def test_rescaling_restores_the_standard_deviation():
     """Lin et al. (2023), eq. 15 and 16: wholly at 1, and by that share between the two below."""
     labelled, without = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
-    plain = guided_out(labelled, without, ClassifierFreeGuidance(5.0), 3)
-    full = guided_out(labelled, without, ClassifierFreeGuidance(5.0, rescale=1.0), 3)
+    plain = guided(labelled, without, ClassifierFreeGuidance(5.0), 3)
+    full = guided(labelled, without, ClassifierFreeGuidance(5.0, rescale=1.0), 3)
     assert full.std().item() == pytest.approx(labelled.std().item(), rel=1e-5)
     assert plain.std().item() > 2 * labelled.std().item()
-    half = guided_out(labelled, without, ClassifierFreeGuidance(5.0, rescale=0.5), 3)
+    half = guided(labelled, without, ClassifierFreeGuidance(5.0, rescale=0.5), 3)
     torch.testing.assert_close(half, 0.5 * (plain + full))
 
 
 def test_projection_removes_the_parallel_component():
     """Sadat et al. (2024), eq. 8: what is left of the update is orthogonal to the labelled result."""
     labelled, without = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double().unbind()
-    update = guided_out(labelled, without, ClassifierFreeGuidance(2.0, parallel=0.0), 3) - labelled
+    update = guided(labelled, without, ClassifierFreeGuidance(2.0, parallel=0.0), 3) - labelled
     assert float((update * labelled).sum()) == pytest.approx(0, abs=1e-10)
     whole = labelled - without
     along = (whole * labelled).sum() / (labelled**2).sum() * labelled
     torch.testing.assert_close(update, whole - along)
-    third = guided_out(labelled, without, ClassifierFreeGuidance(2.0, parallel=0.25), 3) - labelled
+    third = guided(labelled, without, ClassifierFreeGuidance(2.0, parallel=0.25), 3) - labelled
     torch.testing.assert_close(third, whole - 0.75 * along)
 
 
@@ -181,7 +182,7 @@ def test_a_classifier_acts_in_its_interval_only(options):
     assert [scale for _, scale in guide.calls] == [[2.0, 2.0]] * 4
     table, always = sampler.table(steps=10, **options), ClassifierGuidance(guide, 2.0)
     raw = [
-        finished(sampler.run(sampler.requests(2, table=table, labels=1, guidance=chosen), chosen))
+        finished(sampler.run(sampler.requests(2, table=table, labels=1, guidance=chosen), guide))
         for chosen in (guided["guidance"], always)
     ]
     assert torch.equal(raw[0][0].clamp(-1, 1), images[0])
@@ -197,7 +198,7 @@ def test_images_in_and_out_of_the_interval_share_a_batch():
     guidance = ClassifierGuidance(guide, 2.0, (90, 99))
     table = sampler.table(steps=4, sampler="ddim")
     requests = sampler.requests(2, table=table, labels=[1, 2], guidance=guidance)
-    slots = Slots(sampler.backend, 2, guidance)
+    slots = Slots(sampler.backend, 2, guide)
     slots.enter(0, requests[0])
     slots.step()
     slots.enter(1, requests[1])
@@ -213,7 +214,7 @@ REFUSALS = {
         Elementwise(dataclasses.replace(LABELLED, label=LabelInput.VECTOR))
     ).sample(1, steps=1, guidance_scale=2.0, labels=[[0.0] * LABELLED.time_channels]),
     "needs a label that means none": lambda: Slots(Elementwise(PLAIN), 1).enter(
-        0, Request(0, Sampler(Elementwise(PLAIN)).table(steps=2, sampler="ddim"), 0, cfg=ClassifierFreeGuidance(2.0))
+        0, Request(0, Sampler(Elementwise(PLAIN)).table(steps=2), 0, free_guidance=ClassifierFreeGuidance(2.0))
     ),
     "the classifier-free guidance scale is nan; expected a finite number": lambda: ClassifierFreeGuidance(math.nan),
     "rescale is 1.5 and parallel 1.0 .*; expected numbers from 0 to 1": lambda: ClassifierFreeGuidance(2.0, 1.5),

@@ -11,7 +11,7 @@ from helpers import adm_classifier, adm_unet, write_checkpoint
 
 from engine import ClassifierFreeGuidance, Sampler, SamplingOptions, load_checkpoint
 from engine.bundle.folder import Bundle
-from engine.sampling.sampler import Request
+from engine.sampling.requests import Request
 from export.to_onnx import export_bundle
 
 FACTS = {"family": "openai-guided", "image_size": (8, 8), "num_head_channels": 32, "noise_schedule": "cosine"}
@@ -63,11 +63,11 @@ def check(bundle: Bundle, backend: str, steps: dict[str, int], batch_sizes: tupl
     sampler = Sampler.open(bundle, backend, "fp32", threads=1)
     guidance = sampler.classifier_guidance(1.0)
     requests = requests_of(sampler, steps)
-    alone = {r.index: finished(sampler.run([r], guidance))[r.index] for r in requests}
+    alone = {r.index: finished(sampler.run([r], guidance.guide))[r.index] for r in requests}
     assert len({image.numpy().tobytes() for image in alone.values()}) == len(requests)
     order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(0)).tolist()
     for batch_size in batch_sizes:
-        together = finished(sampler.run([requests[i] for i in order], guidance, batch_size=batch_size))
+        together = finished(sampler.run([requests[i] for i in order], guidance.guide, batch_size=batch_size))
         assert together.keys() == alone.keys()
         differ = [i for i in alone if not torch.equal(together[i], alone[i])]
         assert not differ, f"batch size {batch_size}: images {differ} differ from those made alone"

@@ -28,7 +28,9 @@ from engine.errors import BackendError, RequestError
 from engine.networks.classifier import AutogradGuide
 from engine.networks.config import UNetConfig
 from engine.networks.inputs import Conditions
-from engine.sampling.sampler import Request, Sampler, Slots
+from engine.sampling.requests import Request
+from engine.sampling.sampler import Sampler
+from engine.sampling.slots import Slots
 
 
 @pytest.mark.parametrize("options", SAMPLERS.values(), ids=SAMPLERS)
@@ -60,9 +62,9 @@ def test_a_seed_is_an_image_beside_other_requests():
         made = sampler.requests(3, table=table, seed=100 * kind, guidance=guidance if kind % 2 else None)
         requests += [dataclasses.replace(r, index=len(requests) + i) for i, r in enumerate(made)]
     mixed = [requests[i] for i in np.random.default_rng(0).permutation(len(requests))]
-    alone = {r.index: finished(sampler.run([r], guidance))[r.index] for r in requests}
+    alone = {r.index: finished(sampler.run([r], guidance.guide))[r.index] for r in requests}
     for batch_size in (2, 4, 7):
-        together = finished(sampler.run(mixed, guidance, batch_size=batch_size))
+        together = finished(sampler.run(mixed, guidance.guide, batch_size=batch_size))
         assert together.keys() == alone.keys()
         assert all(torch.equal(together[i], alone[i]) for i in alone)
 
@@ -269,10 +271,10 @@ def test_only_the_guided_images_of_a_batch_are_guided():
     table = sampler.table(steps=4, sampler="ddpm")
     plain = sampler.requests(2, table=table, labels=[1, 2], seed=5)
     guided = sampler.requests(2, table=table, labels=[1, 2], seed=5, guidance=guidance)
-    mixed = finished(sampler.run([plain[0], guided[1]], guidance))
+    mixed = finished(sampler.run([plain[0], guided[1]], guidance.guide))
     assert guide.calls[0] == ([1, 2], [0.0, 1.5])
     assert torch.equal(mixed[0], finished(sampler.run(plain))[0])
-    assert torch.equal(mixed[1], finished(sampler.run(guided, guidance))[1])
+    assert torch.equal(mixed[1], finished(sampler.run(guided, guidance.guide))[1])
     assert not torch.equal(mixed[1], finished(sampler.run(plain))[1])
 
 
@@ -402,7 +404,7 @@ def test_refusals_of_a_slot():
     slots.enter(0, Request(0, a_table(PLAIN), 0))
     with pytest.raises(RequestError, match="slot 0 is taken"):
         slots.enter(0, Request(1, a_table(PLAIN), 1))
-    with pytest.raises(RequestError, match="this network takes a condition image; pass cond"):
+    with pytest.raises(RequestError, match="this network takes a condition image; pass image"):
         Slots(Elementwise(SUPER), 1).enter(0, Request(0, a_table(SUPER), 0))
 
 

@@ -21,7 +21,9 @@ from engine.errors import RequestError
 from engine.networks.config import UNetConfig
 from engine.networks.inputs import UNCONDITIONED, Conditions
 from engine.sampling.likelihood import variational_bound
-from engine.sampling.sampler import Request, Sampler, Slots
+from engine.sampling.requests import Request
+from engine.sampling.sampler import Sampler
+from engine.sampling.slots import Slots
 from engine.sampling.starts import great_circle
 
 ABAR = cosine_schedule(100).alphas_cumprod
