@@ -179,7 +179,7 @@ def _labels(
     """A class or a vector for each image; 0 where nothing takes labels."""
     classifier = None if options.guidance is None else options.guidance.guide.config
     if classifier is not None:
-        _check_classifier(config, classifier)
+        check_classifier(config, classifier)
     if config.label is LabelInput.VECTOR:
         return _label_vectors(config, n, options.labels)
     classes = _classes(config, n, seeds, options.labels, classifier)
@@ -191,7 +191,8 @@ def _labels(
     return classes
 
 
-def _check_classifier(config: UNetConfig, classifier: ClassifierConfig) -> None:
+def check_classifier(config: UNetConfig, classifier: ClassifierConfig) -> None:
+    """Raises RequestError where a classifier cannot guide a network: other images, or labels that are no classes."""
     if config.label is LabelInput.VECTOR:
         raise RequestError("this network takes label vectors, which a classifier does not know; leave guidance out")
     if (classifier.in_channels, classifier.image_size) != (config.in_channels, config.image_size):

@@ -27,7 +27,7 @@ from engine.networks.inputs import join_conditions
 from engine.sampling.likelihood import variational_bound
 from engine.sampling.options import SamplingOptions, changed_options, refuse
 from engine.sampling.pool import SlotPool
-from engine.sampling.requests import Request, images_at_a_time, make_requests, unlabelled
+from engine.sampling.requests import Request, check_classifier, images_at_a_time, make_requests, unlabelled
 from engine.sampling.results import Preview, Progress, previews
 from engine.sampling.slot_batch import SlotBatch, Step
 from engine.sampling.starts import great_circle, noised
@@ -36,8 +36,11 @@ from engine.sampling.starts import great_circle, noised
 class Sampler:
     """Images from a bundle: opens a backend once and runs requests through its slots.
 
-    Its verbs take a SamplingOptions, single fields of it by name, or both: sample(4, options, seed=7). With `with` it
-    is closed at the end of the block.
+    backend: what runs the network; Sampler.open opens one. bundle: where it came from, for its classifier. threads: CPU
+    threads of that classifier, None for all cores. In a `with` block a sampler is closed at its end.
+
+    Every verb takes options, a SamplingOptions (None for the defaults), and changes, single fields of it by name that
+    go before those of options: sample(4, options, seed=7).
     """
 
     def __init__(self, backend: Backend, bundle: Bundle | None = None, threads: int | None = None) -> None:
@@ -54,7 +57,11 @@ class Sampler:
         precision: str | None = None,
         threads: int | None = None,
     ) -> Sampler:
-        """Open a bundle; see engine.open_backend for the arguments and errors."""
+        """Open a bundle; see engine.open_backend for the errors.
+
+        bundle: its folder. backend: "auto", or the name of one. precision: None for the backend's default. threads: CPU
+        threads, None for all cores.
+        """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         return cls(open_backend(opened, backend, precision, threads), opened, threads)
 
@@ -67,7 +74,7 @@ class Sampler:
         self.close()
 
     def classifier_guidance(self, scale: float = 1.0) -> ClassifierGuidance:
-        """Guidance of this strength by the bundle's own classifier, whose gradient was exported as a graph.
+        """Guidance of strength scale by the bundle's own classifier, whose gradient was exported as a graph.
 
         The graph runs in the backend's library where it can (see engine.backends.registry.open_guide); torch autograd
         is not used. Raises BundleError where the bundle holds no classifier, RequestError where no bundle was opened.
@@ -85,13 +92,12 @@ class Sampler:
     def sample(self, n: int, options: SamplingOptions | None = None, **changes: Any) -> Tensor:
         """n images, float32 [n, C, H, W] in [-1, 1].
 
-        options: see SamplingOptions. changes: single fields of it by name, instead of those in options. Raises
-        RequestError for an unknown option, and for one that does not fit the network.
+        Raises RequestError for an unknown option, and for one that does not fit the network.
         """
         return self._finish(self._made(n, changed_options(options, changes)))
 
     def stream(self, n: int, options: SamplingOptions | None = None, **changes: Any) -> Iterator[Preview]:
-        """What sample() makes, step by step: after each step of each image its x0 so far, and at the end the image.
+        """What sample(n) makes, step by step: after each step of each image its x0 so far, and at the end the image.
 
         Images come as their slots do: up to batch_size in turn. Bad options raise RequestError at the call.
         """
@@ -114,7 +120,7 @@ class Sampler:
     def interpolate(
         self, first_seed: int, second_seed: int, n: int, options: SamplingOptions | None = None, **changes: Any
     ) -> Tensor:
-        """n images from that of one seed to that of another, both included, float32 [n, C, H, W] in [-1, 1].
+        """n images from that of first_seed to that of second_seed, both included, float32 [n, C, H, W] in [-1, 1].
 
         n is 2 or more. The start noises lie on a great circle, at equal angles: Song et al., DDIM (2021), appendix D.5.
         labels, where None, are drawn from the first seed. Raises RequestError for a sampler that adds noise.
@@ -240,9 +246,9 @@ class Sampler:
     def requests(
         self, n: int, options: SamplingOptions | None = None, *, table: StepTable | None = None, **changes: Any
     ) -> list[Request]:
-        """The n requests of sample(), checked against the network, for run() or for slots of one's own.
+        """The n requests of sample(n), checked against the network, for run() or for slots().
 
-        table: one of one's own instead of the table of the options. Raises RequestError.
+        table: of coefficients, one's own instead of that of the options. Raises RequestError.
         """
         given = changed_options(options, changes)
         if table is not None:
@@ -260,12 +266,15 @@ class Sampler:
     ) -> Iterator[Step]:
         """Every step of every request, as they happen; a finished image's slot goes to the next request.
 
-        guide: the classifier of requests with guidance, e.g. options.guidance.guide. noise, batch_size: as in
-        SamplingOptions. There are as many slots as one call of the network can step, as the first batch_size requests
-        need it; later ones are taken when a slot is free for them, no earlier. On a GPU a step whose image is not
-        finished must be read, if at all, before the next is asked for (see Step). Raises RequestError for a request
-        that does not fit the network.
+        requests: as many as are wanted. guide: the classifier of requests with guidance, options.guide. noise and
+        batch_size: as in SamplingOptions. There are as many slots as one call of the network can step, as the first
+        batch_size requests need it; later ones are taken when a slot is free for them, no earlier. On a GPU a step
+        whose image is not finished must be read, if at all, before the next is asked for (see Step). Raises
+        RequestError for a request or a guide that does not fit the network.
         """
+        if batch_size < 1:
+            raise RequestError(f"batch_size is {batch_size}; expected 1 or more")
+        self._check_guide(guide)
         waiting = iter(requests)
         first = list(islice(waiting, batch_size))
         waiting = chain(first, waiting)
@@ -299,11 +308,16 @@ class Sampler:
             raise RequestError(f"capacity is {capacity}; expected 1 or more slots")
         if batch_size is not None and batch_size < capacity:
             raise RequestError(f"batch_size is {batch_size}; expected {capacity} or more, for one call steps all slots")
+        self._check_guide(guide)
         return self._pool.borrow(capacity, guide, noise, 2 * capacity if batch_size is None else batch_size)
 
     @property
     def _shape(self) -> tuple[int, int, int]:
         return (self.config.in_channels, *self.config.image_size)
+
+    def _check_guide(self, guide: Guide | None) -> None:
+        if guide is not None:
+            check_classifier(self.config, guide.config)
 
     def _made(self, n: int, options: SamplingOptions) -> _Run:
         """The requests of a verb, with the options that they are run with."""

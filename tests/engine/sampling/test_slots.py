@@ -12,6 +12,7 @@ import torch
 from device_fakes import CapturableElementwise, CapturableGuide, device_sampler
 from elementwise import LABELLED, PLAIN, SUPER, CountingGuide, Elementwise, finished
 from graph_cases import SAME
+from helpers import adm_classifier
 from torch import Tensor
 
 from engine import ClassifierFreeGuidance, ClassifierGuidance, RequestError, Sampler
@@ -282,6 +283,9 @@ REFUSALS: dict[str, Callable[[Sampler, SlotBatch, Request], Any]] = {
     "slot 2 does not exist; there are slots 0 to 1": lambda _, slots, r: slots.snapshot([0, 2]),
     "asks for guidance by a classifier; give its guide": lambda sampler, slots, _: slots.enter(
         1, sampler.requests(1, steps=2, guidance=ClassifierGuidance(CountingGuide()))[0]
+    ),
+    "the classifier reads 1 channels of .8, 8., the network makes": lambda sampler, *_: sampler.slots(
+        1, CountingGuide(adm_classifier(mult=(1,), size=(8, 8)))
     ),
     "capacity is 0; expected 1 or more slots": lambda sampler, *_: sampler.slots(0),
     "batch_size is 2; expected 3 or more": lambda sampler, *_: sampler.slots(3, batch_size=2),
