@@ -27,8 +27,8 @@ from engine.networks.classifier import Classifier
 from engine.networks.config import UNetConfig
 from engine.networks.inputs import UNCONDITIONED, Conditions
 from engine.networks.unet import UNet
+from engine.sampling.requests import Request
 from engine.sampling.sampler import Sampler
-from engine.sampling.slots import Request
 
 OURS = "UNet-RT"
 
@@ -216,19 +216,21 @@ class OursContender:
             gated = _GatedBackend(sampler.backend, gate, also)
             sampler = Sampler(gated)
         images = torch.empty(task.batch, sampler.config.in_channels, *sampler.config.image_size)
-        for step in sampler.run(self._requests(sampler, task, guidance), guidance, batch_size=task.batch):
+        for step in sampler.run(self._requests(sampler, task, guidance), self._guide, batch_size=task.batch):
             if step.is_last:
                 images[step.request.index] = step.x_prev
         return images.clamp(-1, 1)
 
     def _requests(self, sampler: Sampler, task: Task, guidance: ClassifierGuidance | None) -> list[Request]:
-        table = sampler.table(task.setting.timesteps(sampler.diffusion).tolist(), task.setting.sampler)
+        steps = task.setting.timesteps(sampler.diffusion).tolist()
         is_labelled = sampler.config.num_classes is not None or guidance is not None
         labels = list(task.classes) if is_labelled else None
-        made = sampler.requests(task.batch, table, labels, task.seed * task.batch, guidance=guidance)
+        seed, name = task.seed * task.batch, task.setting.sampler
+        made = sampler.requests(task.batch, steps=steps, sampler=name, labels=labels, seed=seed, guidance=guidance)
         given = task.labels(sampler.config)
         if given is not None:
-            made = [dataclasses.replace(r, label=label) for r, label in zip(made, given, strict=True)]
+            parts = [Conditions(torch.tensor([label])) for label in given]
+            made = [dataclasses.replace(r, conditions=part) for r, part in zip(made, parts, strict=True)]
         if task.setting.sampler == "ddim":
             starts = task.start(sampler.config, sampler.backend.device).cpu()
             made = [dataclasses.replace(request, x_start=x) for request, x in zip(made, starts, strict=True)]

@@ -31,13 +31,13 @@ from benchmarks.report import Check, Missing, Report, Row
 from benchmarks.subject import Name, describe_bundle, open_variants, parse_names
 from engine.backends.registry import variants
 from engine.bundle.folder import Bundle
+from engine.diffusion.solvers import SAMPLERS
 from engine.errors import BackendError, RequestError
 from engine.files import file_sha256
 from engine.sampling.sampler import Sampler
 from recipes.quality import EVALUATOR
 
 DIGITS = EVALUATOR.with_name("digits.pt")
-SAMPLERS = ("ddim", "dpmpp", "plms", "ddpm")
 FP32_REFERENCE: Name = ("eager", "fp32")
 
 
@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line of this benchmark."""
     made = make_parser("quality", "Samples of every backend and precision beside real ones and beside fp32.")
     made.add_argument("--variants", type=str, help="such as ov:fp32,ort:fp32 (default: all that open)")
-    made.add_argument("--sampler", choices=SAMPLERS, default="ddim")
+    made.add_argument("--sampler", choices=tuple(SAMPLERS), default="ddim")
     made.add_argument("--steps", help=f"such as 10,25,50,100 (default {_listed(LONG)}, with --short {_listed(SHORT)})")
     made.add_argument("-n", type=int, help=f"images each (default {LONG.images}, with --short {SHORT.images})")
     made.add_argument("--batch-size", type=int, default=25, help="images in progress at a time (default 25)")

@@ -21,6 +21,7 @@ from engine.diffusion.guidance import EVERYWHERE, ClassifierGuidance
 from engine.diffusion.solvers import StepTable
 from engine.sampling.device_state import Arena, HostSlots, allocate_state
 from engine.sampling.fused_update import update_for
+from engine.sampling.step import UNGUIDED
 from engine.sampling.step_program import StepProgram, Update, Variant
 
 
@@ -46,12 +47,12 @@ def device_step(
     """A step program that is ready to be enqueued. network: a Backend that is Capturable, as is the guide."""
     manifest = network.manifest
     state = allocate_state(device, manifest.config, batch)
-    arena = Arena(device, state, manifest.diffusion.timestep_scale, EVERYWHERE)
-    placed = arena.place(table, EVERYWHERE, set())
+    arena = Arena(device, state, manifest.diffusion.timestep_scale)
+    placed = arena.place(table, EVERYWHERE, EVERYWHERE, set())
     host = HostSlots(batch)
     scale = 0.0 if guidance is None else guidance.scale
     for slot in range(batch):
-        host.enter(slot, placed.first, placed.last, slot, (scale, 1.0, 0.0, 1.0, 0.0))
+        host.enter(slot, placed.first, placed.last, slot, (scale, *UNGUIDED))
     device.copy_in(state.ints, torch.from_numpy(host.ints))
     device.copy_in(state.floats, torch.from_numpy(host.floats))
     device.copy_in(state.x_t, torch.randn(state.x_t.shape, generator=torch.Generator().manual_seed(0)))

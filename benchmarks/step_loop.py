@@ -18,10 +18,12 @@ from engine.diffusion.prediction import Diffusion
 from engine.diffusion.solvers import StepTable, ddim_table, ddpm_table
 from engine.errors import RequestError
 from engine.networks.config import LabelInput, UNetConfig
+from engine.networks.inputs import Conditions
 from engine.sampling.fused_update import update_for
 from engine.sampling.graph_slots import GraphSlots
-from engine.sampling.pool import SlotBatch
-from engine.sampling.slots import Request, Slots, Step
+from engine.sampling.requests import ImageGuidance, Request
+from engine.sampling.slot_batch import SlotBatch, Step
+from engine.sampling.slots import Slots
 from kernels.reference import solver_update
 
 SAMPLERS: dict[str, Callable[[Diffusion, int], StepTable]] = {"ddpm": ddpm_table, "ddim": ddim_table}
@@ -100,23 +102,19 @@ class SlotLoop:
 
     def _request(self, index: int) -> Request:
         config, guidance = self._config, self._guidance
-        label: int | tuple[float, ...] = 0
+        label: Tensor | None = None
         if config.label is LabelInput.VECTOR:
-            label = tuple(normal([index], [0], (config.time_channels,))[0].tolist())
+            label = torch.from_numpy(normal([index], [0], (config.time_channels,)))
         elif config.num_classes is not None:
-            label = index % config.num_classes
-        cond = None
+            is_class = config.label is LabelInput.TABLE
+            label = torch.tensor([index % config.num_classes], dtype=torch.int64 if is_class else torch.float32)
+        image = None
         if config.cond_channels and not config.self_condition:
-            cond = torch.from_numpy(normal([index], [0], (config.cond_channels, *config.image_size))[0]).clamp(-1, 1)
-        return Request(
-            index,
-            self._table,
-            seed=index,
-            label=label,
-            classifier_label=0 if guidance is None else index % guidance.guide.config.num_classes,
-            scale=0.0 if guidance is None else guidance.scale,
-            cond=cond,
-        )
+            image = torch.from_numpy(normal([index], [0], (config.cond_channels, *config.image_size))).clamp(-1, 1)
+        pull = None
+        if guidance is not None:
+            pull = ImageGuidance(index % guidance.guide.config.num_classes, guidance.scale, guidance.interval)
+        return Request(index, self._table, seed=index, conditions=Conditions(label, image), guidance=pull)
 
 
 def slot_loop(
@@ -131,11 +129,11 @@ def slot_loop(
     apply.
     """
     backend, guidance = network.backend, network.guidance
+    guide = None if guidance is None else guidance.guide
     slots: SlotBatch
     if device is None:
-        slots = Slots(backend, batch, guidance, noise, update)
+        slots = Slots(backend, batch, guide, noise, update)
     else:
-        guide = None if guidance is None else guidance.guide
         # Only for networks that are on a device, which can be captured: see Network.
         slots = GraphSlots(device, backend.manifest, backend, batch, guide, update=update_for(backend.device))  # type: ignore[arg-type]
     return SlotLoop(slots, backend.manifest.config, kind.table(backend.manifest.diffusion), guidance)

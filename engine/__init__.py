@@ -13,6 +13,7 @@ from engine.checkpoints.load import load_checkpoint  # noqa: E402
 from engine.checkpoints.types import Checkpoint  # noqa: E402
 from engine.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance  # noqa: E402
 from engine.diffusion.noise import RecordedNoise  # noqa: E402
+from engine.diffusion.prediction import Variance  # noqa: E402
 from engine.diffusion.schedule import NoiseSchedule  # noqa: E402
 from engine.diffusion.solvers import ddim_table, ddpm_table, dpmpp_table, plms_table  # noqa: E402
 from engine.errors import (  # noqa: E402
@@ -28,6 +29,7 @@ from engine.errors import (  # noqa: E402
     UnknownFamilyError,
 )
 from engine.networks.config import UNetConfig  # noqa: E402
+from engine.sampling.options import SamplingOptions  # noqa: E402
 from engine.sampling.sampler import Sampler  # noqa: E402
 
 __version__ = "0.1.0"
@@ -48,9 +50,11 @@ __all__ = [
     "RecordedNoise",
     "RequestError",
     "Sampler",
+    "SamplingOptions",
     "UNetConfig",
     "UNetRTError",
     "UnknownFamilyError",
+    "Variance",
     "__version__",
     "ddim_table",
     "ddpm_table",

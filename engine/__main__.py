@@ -13,15 +13,17 @@ from engine.checkpoints.facts import add_fact_arguments
 from engine.cli.command import run_command
 from engine.cli.info import info
 from engine.cli.sample import sample
+from engine.diffusion.prediction import Variance
+from engine.diffusion.solvers import SAMPLERS
 
 _EXAMPLES = """examples:
   python -m engine sample digits.engine -n 64 --steps 50 --sampler ddim --class 7 --seed 0 --out samples
   python -m engine sample digits.engine -n 100 --per-class --grid digits.png --enlarge 4
   python -m engine sample digits.engine -n 500 --sampler ddpm --steps 250 --format npz --out samples
   python -m engine sample digits.engine -n 50000 --per-class --out samples --merge     # again, to resume
-  python -m engine sample digits.engine -n 100 --per-class --sampler dpmpp --steps 20 --cfg-scale 3 --out guided
+  python -m engine sample digits.engine -n 100 --per-class --sampler dpmpp --steps 20 --guidance-scale 3 --out guided
   python -m engine sample digits.engine -n 16 --classifier classifier.pt --classifier-fact num_head_channels=32 \\
-      --guidance-scale 2 --out guided
+      --classifier-scale 2 --out guided
   python -m engine info digits.engine --verify
   python -m engine info ema_0.9999_500000.pt --image-size 64 --num-head-channels 64
 """
@@ -45,9 +47,9 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="folder that export.to_onnx or export.to_trt made")
     parser.add_argument("-n", type=int, default=16, help="number of images (default 16)")
     parser.add_argument("--steps", default="50", help='number of steps, or a respacing such as "10,10,10" or "ddim50"')
-    parser.add_argument("--sampler", choices=("ddim", "ddpm", "dpmpp", "plms"), default="ddim", help="default ddim")
+    parser.add_argument("--sampler", choices=tuple(SAMPLERS), default="ddim", help="default ddim")
     parser.add_argument("--eta", type=float, default=0.0, help="DDIM stochasticity, 0 to 1 (default 0)")
-    parser.add_argument("--variance", choices=("fixed_small", "fixed_large", "learned_range"), help="of a DDPM step")
+    parser.add_argument("--variance", choices=tuple(variance.value for variance in Variance), help="of a DDPM step")
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument(
         "--class", dest="label", type=int, help="one class for all images (default: drawn from the seed)"
@@ -78,21 +80,25 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--classifier", type=Path, help="classifier checkpoint for guidance instead of the bundle's own"
     )
     parser.add_argument(
-        "--guidance-scale",
+        "--classifier-scale",
         type=float,
         help="classifier gradient scale, by the bundle's classifier unless --classifier is given (then default 1)",
     )
-    parser.add_argument("--cfg-scale", type=float, default=1.0, help="classifier-free guidance (default 1: none)")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="classifier-free guidance (default 1: none)")
     parser.add_argument(
-        "--cfg-interval",
+        "--guidance-interval",
         type=float,
         nargs=2,
         metavar=("FIRST", "LAST"),
         default=(-math.inf, math.inf),
         help="training timesteps with classifier-free guidance (default: all)",
     )
-    parser.add_argument("--cfg-rescale", type=float, default=0.0, metavar="PHI", help="its rescaling (default 0: none)")
-    parser.add_argument("--cfg-plus-plus", action="store_true", help="in the form of CFG++, with ddim; scale 0 to 1")
+    parser.add_argument(
+        "--guidance-rescale", type=float, default=0.0, metavar="PHI", help="its rescaling (default 0: none)"
+    )
+    parser.add_argument(
+        "--guidance-plus-plus", action="store_true", help="in the form of CFG++, with ddim; scale 0 to 1"
+    )
     parser.add_argument(
         "--classifier-fact", action="append", default=[], metavar="NAME=VALUE", help="a fact its file does not hold"
     )

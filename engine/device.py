@@ -6,7 +6,7 @@ CudaDevice is torch.cuda. CpuDevice runs the same programs at once, in order, on
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -50,6 +50,13 @@ class Device(Protocol):
 
     def copy_out(self, source: Tensor) -> Tensor:
         """Device to host, after everything enqueued before, as a new tensor."""
+        ...
+
+    def copy_out_later(self, sources: Sequence[Tensor]) -> Callable[[], Tensor]:
+        """Start a copy of tensors of one shape [...] to the host, after everything enqueued before.
+
+        Returns what waits for that copy alone, and gives it as [len(sources), ...].
+        """
         ...
 
     def stream(self) -> Stream:
@@ -105,6 +112,10 @@ class CpuDevice:
     def copy_out(self, source: Tensor) -> Tensor:
         return source.clone()
 
+    def copy_out_later(self, sources: Sequence[Tensor]) -> Callable[[], Tensor]:
+        copied = torch.stack(list(sources))
+        return lambda: copied
+
     def stream(self) -> Stream:
         return CpuStream()
 
@@ -146,6 +157,19 @@ class CudaDevice:
     def copy_out(self, source: Tensor) -> Tensor:
         with self.use(self.main):
             return source.cpu()
+
+    def copy_out_later(self, sources: Sequence[Tensor]) -> Callable[[], Tensor]:
+        with self.use(self.main):
+            # Pinned, because a copy to other memory would have the host wait for it.
+            copied = torch.empty((len(sources), *sources[0].shape), dtype=sources[0].dtype, pin_memory=True)
+            copied.copy_(torch.stack(list(sources)), non_blocking=True)
+        copying = self.main.record_event(self.event())
+
+        def wait() -> Tensor:
+            copying.synchronize()
+            return copied
+
+        return wait
 
     def stream(self) -> Stream:
         return torch.cuda.Stream()

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from engine.errors import MissingPackageError, RequestError
+from engine.errors import RequestError
 from engine.files import atomic_path, make_folder
 
 Bytes = npt.NDArray[np.uint8]
@@ -69,17 +69,13 @@ def check_png_channels(channels: int) -> None:
 def save_png(path: Path, image: Bytes) -> None:
     """Write one image, uint8 [H, W, C], as a PNG: grey for C = 1, RGB for C = 3.
 
-    Raises RequestError for other channel counts, OutputError if path cannot be written and
-    MissingPackageError without Pillow.
+    Raises RequestError for other channel counts and OutputError if path cannot be written.
     """
+    from PIL import Image
+
     _check_bytes(image, "[H, W, C]")
     channels = image.shape[-1]
     check_png_channels(channels)
-    try:
-        from PIL import Image
-    except ImportError as error:
-        # Pillow is no extra: any installation of this project brings it, one with the CPU extra too.
-        raise MissingPackageError("pillow", "writing PNG files", "cpu") from error
     picture = Image.fromarray(np.ascontiguousarray(image[..., 0] if channels == 1 else image))
     with atomic_path(path) as temp:
         picture.save(temp, format="PNG")

@@ -8,13 +8,14 @@ The folder gets shard-00000.npz and so on, run.json, which says how they were ma
 import sys
 from pathlib import Path
 
-from engine import Sampler
-from engine.bulk.job import BulkPlan, BulkResult, generate, merge
+from engine import Sampler, SamplingOptions
+from engine.bulk.job import BulkJob, BulkResult, generate, merge
 
 
 def main(bundle: str, out: str, n: int = 300, steps: int = 20) -> BulkResult:
     folder = Path(out)
-    plan = BulkPlan(n=n, steps=steps, labels=tuple(range(10)), seed=0, shard_size=n // 3, batch_size=32)
+    options = SamplingOptions(steps=steps, seed=0, batch_size=32)
+    job = BulkJob(n, options, labels_in_turn=tuple(range(10)), shard_size=n // 3)
     sampler = Sampler.open(bundle)
 
     def stop_half_way(done: int) -> None:
@@ -22,13 +23,13 @@ def main(bundle: str, out: str, n: int = 300, steps: int = 20) -> BulkResult:
             raise KeyboardInterrupt  # what Ctrl-C does
 
     try:
-        generate(sampler, plan, folder, progress=stop_half_way)
+        generate(sampler, job, folder, progress=stop_half_way)
     except KeyboardInterrupt:
         print("interrupted; whole shards stay:", *sorted(path.name for path in folder.glob("shard-*")))
 
-    result = generate(sampler, plan, folder)
+    result = generate(sampler, job, folder)
     print(f"resumed: {result.kept} images were there, {result.made} made")
-    print("joined:", merge(sampler, plan, folder))
+    print("joined:", merge(sampler, job, folder))
     sampler.close()
     return result
 

@@ -22,14 +22,14 @@ def main(bundle: str, out: str, steps: str = "ddim50") -> None:
 
     # Twice the step from "no label" to the label, where the image is still mostly noise.
     free = ClassifierFreeGuidance(scale=2.0, interval=(500, 999))
-    guided = sampler.sample(10, steps=steps, labels=labels, seed=40, cfg_scale=free)
+    guided = sampler.sample(10, steps=steps, labels=labels, seed=40, guidance_scale=free)
 
     # The network without its label (scale 0), pulled by a classifier's gradient. A bundle that was exported with
     # --classifier holds that gradient itself: guidance=sampler.classifier_guidance(4.0).
     classifier = load_checkpoint(CLASSIFIER, image_size=(32, 32), num_head_channels=32, noise_schedule="cosine")
     guide = AutogradGuide(classifier.classifier())
     pulled = sampler.sample(
-        10, steps=steps, labels=labels, seed=40, cfg_scale=0.0, guidance=ClassifierGuidance(guide, scale=4.0)
+        10, steps=steps, labels=labels, seed=40, guidance_scale=0.0, guidance=ClassifierGuidance(guide, scale=4.0)
     )
 
     rows = [to_uint8(images) for images in (plain, guided, pulled)]

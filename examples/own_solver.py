@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from engine import Sampler
+from engine.diffusion.ladder import visited_timesteps
 from engine.diffusion.prediction import Diffusion, x0_coefficients
-from engine.diffusion.solvers import COLUMNS, StepTable, visited_timesteps
+from engine.diffusion.solvers import COLUMNS, StepTable
 from engine.images import grid, save_png, to_uint8
 
 
@@ -46,7 +47,8 @@ def sde_dpmpp_table(diffusion: Diffusion, steps: int) -> StepTable:
 
 def main(bundle: str, out: str, steps: int = 20) -> None:
     sampler = Sampler.open(bundle)
-    requests = sampler.requests(20, sde_dpmpp_table(sampler.diffusion, steps), [i % 10 for i in range(20)], seed=0)
+    table = sde_dpmpp_table(sampler.diffusion, steps)
+    requests = sampler.requests(20, table=table, labels=[i % 10 for i in range(20)], seed=0)
     images = torch.empty(20, sampler.config.in_channels, *sampler.config.image_size)
     for step in sampler.run(requests):
         if step.is_last:

@@ -17,37 +17,35 @@ from torch import Tensor
 
 from engine import Sampler
 from engine.images import grid, save_png, to_uint8
-from engine.sampling.slots import Slots
 
 
 class Service:
     def __init__(self, bundle: str, capacity: int = 8) -> None:
-        self._sampler = Sampler.open(bundle)
-        self._slots = Slots(self._sampler.backend, capacity)
+        self._sampler, self._capacity = Sampler.open(bundle), capacity
         self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work)
         self._thread.start()
 
     def image(self, label: int, seed: int, steps: int = 20) -> Future[Tensor]:
         """One image [C, H, W] in [-1, 1], as a future; a bad request raises RequestError here."""
-        (request,) = self._sampler.requests(1, self._sampler.table(steps, "ddim"), label, seed)
+        (request,) = self._sampler.requests(1, steps=steps, labels=label, seed=seed)
         future: Future[Tensor] = Future()
         self._waiting.put((request, future))
         return future
 
     def _work(self) -> None:
         futures = {}
-        while True:
-            while self._slots.free and (self._slots.is_empty or not self._waiting.empty()):
-                item = self._waiting.get()  # waits where there is nothing to do
-                if item is None:
-                    return
-                slot = self._slots.free[0]
-                self._slots.enter(slot, item[0])
-                futures[id(item[0])] = item[1]
-            for step in self._slots.step():
-                if step.is_last:
-                    futures.pop(id(step.request)).set_result(step.x_prev.clamp(-1, 1))
+        with self._sampler.slots(self._capacity) as slots:
+            while True:
+                while slots.free and (slots.is_empty or not self._waiting.empty()):
+                    item = self._waiting.get()  # waits where there is nothing to do
+                    if item is None:
+                        return
+                    slots.enter(slots.free[0], item[0])
+                    futures[id(item[0])] = item[1]
+                for step in slots.step():
+                    if step.is_last:
+                        futures.pop(id(step.request)).set_result(step.x_prev.clamp(-1, 1))
 
     def close(self) -> None:
         """Stop, once the images asked for are made."""

@@ -61,7 +61,7 @@ def real_cases(unet: UNet, manifest: Manifest) -> tuple[Inputs, ...]:
         IMAGES,
         steps=min(STEPS, len(manifest.diffusion.schedule)),
         labels=_labels(config),
-        cond=_conditions(config) if config.cond_channels and not config.self_condition else None,
+        image=_conditions(config) if config.cond_channels and not config.self_condition else None,
         batch_size=IMAGES,
     )
     rows = np.unique(np.linspace(0, len(recorder.calls) - 1, VISITED).round().astype(int))

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import ClassifierGuidance, Sampler, load_checkpoint
+from engine import ClassifierGuidance, Sampler, SamplingOptions, load_checkpoint
 from engine.diffusion.guidance import Guide
 from engine.files import atomic_path
 from engine.images import grid, save_png, to_uint8
@@ -53,16 +53,13 @@ def psnr(images: Tensor, wanted: Tensor) -> float:
 def guided(sampler: Sampler, guide: Guide, scale: float, n: int) -> Tensor:
     """n images [n, 1, 32, 32] from seeds 0 to n - 1, the classes asked for in turn, the network itself unlabelled."""
     guidance = ClassifierGuidance(guide, scale)
-    table = sampler.table(STEPS, "ddim")
     labels = [i % CLASSES for i in range(n)]
-    null = sampler.config.null_class
-    assert null is not None
     requests = [
-        dataclasses.replace(request, label=null)
-        for request in sampler.requests(n, table, labels, guidance=guidance if scale else None)
+        dataclasses.replace(request, conditions=request.without or request.conditions)
+        for request in sampler.requests(n, steps=STEPS, labels=labels, guidance=guidance if scale else None)
     ]
     images = torch.empty(n, sampler.config.in_channels, *sampler.config.image_size)
-    for step in sampler.run(requests, guidance if scale else None, batch_size=BATCH):
+    for step in sampler.run(requests, guide, batch_size=BATCH):
         if step.is_last:
             images[step.request.index] = step.x_prev.clamp(-1, 1)
     return images
@@ -79,9 +76,9 @@ def inversion_psnr(sampler: Sampler, count: int, steps: int) -> float:
     digits = load_split()["held_out"]
     rows = torch.cat([(digits.labels == k).nonzero()[: -(-count // CLASSES), 0] for k in range(CLASSES)])[:count]
     labels = digits.labels[rows].tolist()
-    options = {"steps": steps, "labels": labels, "batch_size": BATCH}
-    noise = sampler.encode(digits.images[rows], **options)  # type: ignore[arg-type]
-    return psnr(sampler.decode(noise, **options), digits.images[rows])  # type: ignore[arg-type]
+    options = SamplingOptions(steps=steps, labels=labels, batch_size=BATCH)
+    noise = sampler.encode(digits.images[rows], options)
+    return psnr(sampler.decode(noise, options), digits.images[rows])
 
 
 def page(rows: Sequence[GuidedRow], n: int, compared: int, inversion: dict[int, float], digits: int) -> str:

@@ -8,9 +8,13 @@ import torch
 from helpers import adm_classifier, adm_unet, tiny_manifest
 from torch import Tensor
 
+from engine.diffusion.guidance import ClassifierFreeGuidance
 from engine.diffusion.prediction import Variance
+from engine.diffusion.solvers import StepTable
 from engine.networks.config import ClassifierConfig, UNetConfig
 from engine.networks.inputs import UNCONDITIONED, Conditions
+from engine.sampling.requests import Request
+from engine.sampling.step import guidance_numbers, guided_out
 
 # mult and attention do not matter to a backend that runs no network.
 LABELLED = adm_unet(mult=(1,), size=(4, 4), num_classes=11, null_class=10, learn_sigma=True)
@@ -68,6 +72,22 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "dpmpp": {"sampler": "dpmpp"},
     "plms": {"sampler": "plms"},
 }
+
+
+def labelled_request(
+    index: int, table: StepTable, seed: int, label: int, free: ClassifierFreeGuidance | None = None
+) -> Request:
+    """One image of this class of the LABELLED network."""
+    conditions, without = (Conditions(torch.tensor([y])) for y in (label, LABELLED.null_class))
+    return Request(index, table, seed, conditions, without, free)
+
+
+def guided(labelled: Tensor, without: Tensor, free: ClassifierFreeGuidance, channels: int) -> Tensor:
+    """step.guided_out of a batch [B, C', H, W], or of one image [C', H, W], with the same guidance for all."""
+    if labelled.ndim == 3:
+        return guided(labelled[None], without[None], free, channels)[0]
+    strength, rescale, removed, _ = torch.tensor(guidance_numbers(free)).expand(len(labelled), 4).unbind(1)
+    return guided_out(labelled, without, strength, (rescale, removed), channels)
 
 
 def finished(steps: Any) -> dict[int, Tensor]:

@@ -16,10 +16,12 @@ from torch import Tensor
 from engine.backends.eager.eager_backend import EagerBackend
 from engine.backends.protocol import Backend
 from engine.checkpoints.types import Checkpoint
-from engine.diffusion.guidance import ClassifierGuidance
+from engine.diffusion.guidance import Guide
 from engine.diffusion.noise import RecordedNoise
 from engine.diffusion.solvers import StepTable
-from engine.sampling.sampler import Request, Sampler, Slots
+from engine.sampling.requests import Request
+from engine.sampling.sampler import Sampler
+from engine.sampling.slots import Slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,11 +125,11 @@ def run_slots(
     backend: Backend,
     requests: Iterable[Request],
     noise: RecordedNoise,
-    guidance: ClassifierGuidance | None = None,
+    guide: Guide | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run requests side by side with recorded noise: x after each step and x0 of each step, [steps, N, C, H, W]."""
     waiting = list(requests)
-    slots = Slots(backend, len(waiting), guidance, noise)
+    slots = Slots(backend, len(waiting), guide, noise)
     for slot, request in enumerate(waiting):
         slots.enter(slot, request)
     traj, x0 = [], []
@@ -150,7 +152,7 @@ def sample_table(checkpoint: Checkpoint, table: StepTable, a: dict[str, Tensor])
     backend, start = EagerBackend.from_checkpoint(checkpoint), a["x_T"]
     z = a["z"] if "z" in a else torch.zeros(0, *start.shape)
     labels = a["y"].tolist() if "y" in a else None
-    requests = Sampler(backend).requests(len(start), table, labels, seeds=range(len(start)))
+    requests = Sampler(backend).requests(len(start), table=table, labels=labels, seeds=range(len(start)))
     traj, x0 = run_slots(backend, requests, RecordedNoise(start.numpy(), z.numpy()))
     kept = {"traj": traj, "pred_xstart": x0, "sample": traj[-1]}
     return {name: value for name, value in kept.items() if name in a}

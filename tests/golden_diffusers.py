@@ -10,7 +10,8 @@ from torch import Tensor
 
 from engine.checkpoints.load import load_checkpoint
 from engine.checkpoints.types import Checkpoint
-from engine.diffusion.solvers import StepTable, ddim_table, ddpm_table, visited_timesteps
+from engine.diffusion.ladder import visited_timesteps
+from engine.diffusion.solvers import StepTable, ddim_table, ddpm_table
 
 # The JSON files of a folder say everything.
 FACTS: dict[str, Facts] = {}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from elementwise import guided
 from golden_cases import Case, Facts, Run, Runner, flatten, ignore, keep, run_slots, to_facts
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from engine.checkpoints.families.lucidrains import find_objective
 from engine.checkpoints.load import load_checkpoint
 from engine.checkpoints.reading import read_file
 from engine.checkpoints.types import Checkpoint
-from engine.diffusion.guidance import ClassifierFreeGuidance, guided_out, require_null_class
+from engine.diffusion.guidance import ClassifierFreeGuidance
 from engine.diffusion.noise import RecordedNoise
 from engine.diffusion.prediction import Diffusion, Prediction, Variance
 from engine.diffusion.schedule import NoiseSchedule
@@ -113,11 +114,10 @@ def _forward_cond_scale(run: Run, a: dict[str, Tensor]) -> dict[str, Any]:
     for name, kind in {"out": "ema", "out_raw": "raw"}.items():
         if name in a:
             unet, guidance = checkpoint(run.case, kind).unet(), _guidance(run, kw, {"rescaled_phi": 0.0})
-            null = torch.full_like(a["y"], require_null_class(unet.config))
+            null = torch.full_like(a["y"], unet.config.null_class)
             with torch.inference_mode():
                 labelled, without = (unet(a["x"], a["t"].float(), y) for y in (a["y"], null))
-            pairs = zip(labelled, without, strict=True)
-            results[name] = torch.stack([guided_out(one, other, guidance, a["x"].shape[1]) for one, other in pairs])
+            results[name] = guided(labelled, without, guidance, a["x"].shape[1])
             results[name.replace("out", "out_null")] = without
     return {name: value for name, value in results.items() if name in a}
 
@@ -126,8 +126,8 @@ def _sample(run: Run, a: dict[str, Tensor], table: StepTable, start: Tensor, z: 
     """x after each step, [steps, N, C, H, W], and its last entry."""
     backend = EagerBackend.from_checkpoint(checkpoint(run.case))
     n = len(start)
-    options = {"labels": a["y"].tolist(), "cfg_scale": _sampling_guidance(run)} if "y" in a else {}
-    requests = Sampler(backend).requests(n, table, seeds=range(n), **options)
+    options = {"labels": a["y"].tolist(), "guidance_scale": _sampling_guidance(run)} if "y" in a else {}
+    requests = Sampler(backend).requests(n, table=table, seeds=range(n), **options)
     traj, _ = run_slots(backend, requests, RecordedNoise(start.numpy(), z.numpy()))
     return {name: value for name, value in {"traj": traj, "sample": traj[-1]}.items() if name in a}
 

@@ -22,8 +22,10 @@ from engine.diffusion.prediction import Diffusion, Prediction, Variance, log_var
 from engine.diffusion.schedule import NoiseSchedule, cosine_schedule, linear_schedule, space_timesteps
 from engine.diffusion.solvers import StepTable, ddim_inversion_table, ddim_table, ddpm_table
 from engine.networks.classifier import AutogradGuide
+from engine.networks.inputs import Conditions
 from engine.sampling.likelihood import variational_bound
-from engine.sampling.sampler import Sampler, resize_condition
+from engine.sampling.requests import resize_condition
+from engine.sampling.sampler import Sampler
 
 
 def _order(value: bool) -> dict[str, Any]:
@@ -130,9 +132,14 @@ def _sample(run: Run, a: dict[str, Tensor], table: StepTable) -> dict[str, Tenso
     z = a["z"] if "z" in a else torch.zeros(0, *start.shape)
     conds = resize_condition(a["low_res"], backend.manifest.config.image_size) if "low_res" in a else None
     requests = Sampler(backend).requests(
-        n, table, a["y"].tolist() if "y" in a else None, seeds=range(n), guidance=guidance, cond=conds
+        n,
+        table=table,
+        labels=a["y"].tolist() if "y" in a else None,
+        seeds=range(n),
+        guidance=guidance,
+        image=conds,
     )
-    traj, x0 = run_slots(backend, requests, RecordedNoise(start.numpy(), z.numpy()), guidance)
+    traj, x0 = run_slots(backend, requests, RecordedNoise(start.numpy(), z.numpy()), guidance and guidance.guide)
     kept = {"traj": traj, "pred_xstart": x0, "sample": traj[-1]}
     return {name: value for name, value in kept.items() if name in a}
 
@@ -157,7 +164,12 @@ def _bpd(run: Run, a: dict[str, Tensor]) -> dict[str, Tensor]:
     backend = EagerBackend.from_checkpoint(checkpoint(run.case))
     noise = RecordedNoise(a["x0"].numpy(), a["z"].numpy())
     terms = variational_bound(
-        backend, a["x0"], _respacing(run, diffusion), diffusion=diffusion, labels=a.get("y"), noise=noise
+        backend,
+        a["x0"],
+        _respacing(run, diffusion),
+        diffusion=diffusion,
+        conditions=Conditions(a.get("y")),
+        noise=noise,
     )
     return {
         "vb": terms.vb,
@@ -177,7 +189,7 @@ def _pmv(run: Run, a: dict[str, Tensor]) -> dict[str, Tensor]:
         return torch.from_numpy(column)[a["t"]].float()[:, None, None, None]
 
     time = torch.from_numpy(schedule.timesteps * diffusion.timestep_scale)[a["t"]].float()
-    out = EagerBackend.from_checkpoint(checkpoint(run.case))(a["x"], time, a.get("y"))
+    out = EagerBackend.from_checkpoint(checkpoint(run.case))(a["x"], time, Conditions(a.get("y")))
     channels = a["x"].shape[1]
     c_x, c_out = x0_coefficients(schedule, diffusion.prediction)
     x0 = at(c_x) * a["x"] + at(c_out) * out[:, :channels]

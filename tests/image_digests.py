@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine import ClassifierFreeGuidance, ClassifierGuidance, Sampler
 
-_CFG_FLAGS = ["--cfg-scale", "2.5", "--cfg-interval", "100", "900"]
+_CFG_FLAGS = ["--guidance-scale", "2.5", "--guidance-interval", "100", "900"]
 BACKENDS = (
     ("native", "fp32"),
     ("native", "bf16"),
@@ -41,8 +41,8 @@ def digest(*tensors: Tensor) -> str:
 
 
 def free_guidance(**values: Any) -> dict[str, Any]:
-    """Classifier-free guidance as an option of sample()."""
-    return {"cfg_scale": ClassifierFreeGuidance(**values)}
+    """Classifier-free guidance as options of sample(): both halves count in its batch of three images."""
+    return {"guidance_scale": ClassifierFreeGuidance(**values), "batch_size": 6}
 
 
 def samplings(sampler: Sampler) -> dict[str, dict[str, Any]]:
@@ -96,7 +96,7 @@ def verbs(sampler: Sampler) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     yield "img2img ddpm", lambda: sampler.img2img(images, 0.6, sampler="ddpm", **_SHORT)
     yield "inpaint", lambda: sampler.inpaint(images, mask, **_SHORT)
     yield "inpaint jumps", lambda: sampler.inpaint(images, mask, jump_length=2, resamplings=2, **_SHORT)
-    yield "inpaint cfg", lambda: sampler.inpaint(images, mask, sampler="ddpm", **free_guidance(scale=2.0), **_SHORT)
+    yield "inpaint cfg", lambda: sampler.inpaint(images, mask, sampler="ddpm", **_SHORT | free_guidance(scale=2.0))
     yield "nll", lambda: sampler.nll(images, steps=4)
 
 
@@ -107,9 +107,7 @@ def command_lines(bundle: Path) -> Iterator[tuple[str, Callable[[], str]]]:
     lines = {
         "png": ["-n", "6", "--steps", "4", "--seed", "2"],
         "npz, cfg": ["-n", "5", "--steps", "4", "--format", "npz", "--class", "3", *_CFG_FLAGS],
-        "classifier": ["-n", "4", "--steps", "ddim4", "--guidance-scale", "1.5"]
-        if "--cfg-scale" in _CFG_FLAGS
-        else ["-n", "4", "--steps", "ddim4", "--classifier-scale", "1.5"],
+        "classifier": ["-n", "4", "--steps", "ddim4", "--classifier-scale", "1.5"],
         "shards": ["-n", "20", "--steps", "3", "--shard-size", "10", "--per-class", "--merge"],
         "shards png": ["-n", "10", "--steps", "3", "--shard-size", "5", "--format", "png"],
     }

@@ -1,6 +1,6 @@
 """Many images in shards: stopped at any moment and resumed without a lost, doubled or changed image.
 
-A shard's images, their order and the batches in which they are made follow from the plan and the shard's number
+A shard's images, their order and the batches in which they are made follow from the job and the shard's number
 alone, and a shard appears under its name when it is whole. run.json beside the shards says how they were made; a
 resume with anything else is refused.
 """
@@ -26,54 +26,67 @@ import torch
 
 from engine.backends.registry import libraries
 from engine.bulk.shards import FORMATS, Shard, merge_shards, read_shard, shard_name, write_shard
-from engine.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from engine.diffusion.prediction import Variance
 from engine.diffusion.solvers import StepTable
 from engine.errors import OutputError, RequestError
 from engine.files import atomic_path, make_folder
 from engine.images import Bytes, to_uint8
-from engine.sampling.sampler import Request, Sampler
+from engine.sampling.options import SamplingOptions, refuse
+from engine.sampling.requests import Request
+from engine.sampling.sampler import Sampler
 
 RUN_NAME = "run.json"
 _SHARD_NAME = re.compile(r"shard-\d+(\.npz)?")
 _LEFTOVER = re.compile(r"\.tmp-[0-9a-f]{32}(\..*)?")
 
 
-@dataclass(frozen=True, slots=True)
-class BulkPlan:
-    """What to make; the same plan on the same backend and machine gives the same bytes.
+@dataclass(frozen=True, slots=True, eq=False)
+class BulkJob:
+    """What to make; the same job on the same backend and machine gives the same bytes.
 
-    n: images; image i has seed + i. steps, sampler, eta, variance: as in Sampler.sample. labels: None draws a class
-    from each seed, a number is the class of all, of a tuple image i takes entry i mod its length, so that the tuple
-    of all classes balances them in any row of shards. shard_size: images a shard. batch_size: images in progress at a
-    time. file_format: "npz" or "png". threads: what the backend was opened with. classifier_sha256: of the guiding
-    classifier's file. cfg: classifier-free guidance. Raises RequestError for impossible values.
+    n: images. options: how they are made; image i has seed + i, and labels is None, which draws a class from each
+    seed, or the class of all. labels_in_turn: image i takes entry i mod their number instead, so that all classes
+    balance in any row of shards. shard_size: images a shard. file_format: "npz" or "png". threads: what the backend
+    was opened with. classifier_sha256: of the guiding classifier's file. Raises RequestError for impossible values.
     """
 
     n: int
-    steps: int | str = 50
-    sampler: str = "ddim"
-    eta: float = 0.0
-    variance: Variance | None = None
-    labels: int | tuple[int, ...] | None = None
-    seed: int = 0
+    options: SamplingOptions = SamplingOptions()
+    labels_in_turn: tuple[int, ...] | None = None
     shard_size: int = 256
-    batch_size: int = 16
     file_format: str = "npz"
     threads: int | None = None
     classifier_sha256: str | None = None
-    cfg: ClassifierFreeGuidance = ClassifierFreeGuidance()
 
     def __post_init__(self) -> None:
-        for name in ("n", "shard_size", "batch_size"):
+        for name in ("n", "shard_size"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name} is {getattr(self, name)}; expected 1 or more")
-        if not 0 <= self.seed <= 2**64 - self.n:
-            raise RequestError(f"seed is {self.seed} for {self.n} images; expected 0 <= seed and seed + n <= 2**64")
+        seed = self.options.seed
+        if not 0 <= seed <= 2**64 - self.n:
+            raise RequestError(f"seed is {seed} for {self.n} images; expected 0 <= seed and seed + n <= 2**64")
         if self.file_format not in FORMATS:
             raise RequestError(f"unknown shard format {self.file_format!r}; known: {', '.join(FORMATS)}")
-        if self.labels == ():
-            raise RequestError("labels is empty; give a class, the classes to take in turn, or None")
+        if self.labels_in_turn == ():
+            raise RequestError("labels_in_turn is empty; give the classes to take in turn, or None")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        options = self.options
+        refuse(
+            options, ("seeds", "image", "noise"), "images in shards have seeds in a row; leave seeds, image, noise out"
+        )
+        if not isinstance(options.steps, int | str):
+            raise RequestError("images in shards need steps that run.json can hold: a number or a respacing string")
+        if options.labels is not None and (self.labels_in_turn is not None or not isinstance(options.labels, int)):
+            raise RequestError(
+                "labels of images in shards are one class for all, or labels_in_turn; give one of them as such"
+            )
+        if (options.guidance is None) != (self.classifier_sha256 is None):
+            raise RequestError(
+                "guidance and the job's classifier_sha256 belong together, because a resume must know the "
+                "classifier; give both or neither"
+            )
 
     @property
     def num_shards(self) -> int:
@@ -84,11 +97,12 @@ class BulkPlan:
         """The numbers of a shard's images."""
         return range(shard * self.shard_size, min(self.n, (shard + 1) * self.shard_size))
 
-    def labels_of(self, images: range) -> int | list[int] | None:
-        """The labels of these images as Sampler.requests takes them."""
-        if isinstance(self.labels, tuple):
-            return [self.labels[i % len(self.labels)] for i in images]
-        return self.labels
+    def options_of(self, images: range) -> SamplingOptions:
+        """The options of these images alone: their seeds and labels."""
+        labels, turn = self.options.labels, self.labels_in_turn
+        if turn is not None:
+            labels = [turn[i % len(turn)] for i in images]
+        return dataclasses.replace(self.options, seed=self.options.seed + images.start, labels=labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,89 +114,76 @@ class BulkResult:
     remade: tuple[str, ...] = ()
 
 
-def generate(
-    sampler: Sampler,
-    plan: BulkPlan,
-    out: Path,
-    guidance: ClassifierGuidance | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> BulkResult:
-    """Make every shard of the plan that out does not hold whole; run again after an interruption, it resumes.
+def generate(sampler: Sampler, job: BulkJob, out: Path, progress: Callable[[int], None] | None = None) -> BulkResult:
+    """Make every shard of the job that out does not hold whole; run again after an interruption, it resumes.
 
     Shards that are there are read and checked first. progress is called with the number of images that are
     done: once after that check, then after each new image. Whatever ends the call, whole shards stay. Raises
-    RequestError for a plan that contradicts the checkpoint or what out was begun with (naming the differences),
+    RequestError for a job that contradicts the checkpoint or what out was begun with (naming the differences),
     OutputError if out cannot be written or another process is writing there.
     """
-    job = _Job(sampler, plan, out, guidance)
+    run = _Run(sampler, job, out)
     make_folder(out)
     with _locked(out):
-        missing, remade = job.inspect()
-        kept = done = plan.n - sum(len(plan.images_of(number)) for number in missing)
+        missing, remade = run.inspect()
+        kept = done = job.n - sum(len(job.images_of(number)) for number in missing)
         if progress is not None:
             progress(done)
         for number in missing:
-            requests = job.requests(number)
-            images = np.empty(job.shard(number, requests).images_shape, dtype=np.uint8)
-            for index, image in job.images(requests):
+            requests = run.requests(number)
+            images = np.empty(run.shard(number, requests).images_shape, dtype=np.uint8)
+            for index, image in run.images(requests):
                 images[index] = image
                 done += 1
                 if progress is not None:
                     progress(done)
-            # Only now: a plan that fails in its first shard leaves nothing that a better one would differ from.
-            job.describe()
-            write_shard(out, job.shard(number, requests), images, plan.file_format)
+            # Only now: a job that fails in its first shard leaves nothing that a better one would differ from.
+            run.describe()
+            write_shard(out, run.shard(number, requests), images, job.file_format)
     return BulkResult(done - kept, kept, remade)
 
 
-def merge(sampler: Sampler, plan: BulkPlan, out: Path, guidance: ClassifierGuidance | None = None) -> Path:
+def merge(sampler: Sampler, job: BulkJob, out: Path) -> Path:
     """Join the shards of a finished run to out/samples.npz, and return that path; see engine.bulk.shards.merge_shards.
 
     Raises what generate raises, and RequestError for a shard that is missing or damaged.
     """
-    job = _Job(sampler, plan, out, guidance)
+    run = _Run(sampler, job, out)
     with _locked(out):
-        job.check_description()
-        return merge_shards(out, job.shards(), plan.file_format)
+        run.check_description()
+        return merge_shards(out, run.shards(), job.file_format)
 
 
-class _Job:
-    """One plan on one sampler and folder."""
+class _Run:
+    """One job on one sampler and folder."""
 
-    def __init__(self, sampler: Sampler, plan: BulkPlan, out: Path, guidance: ClassifierGuidance | None) -> None:
-        if (guidance is None) != (plan.classifier_sha256 is None):
-            raise RequestError(
-                "guidance and the plan's classifier_sha256 belong together, because a resume must know the "
-                "classifier; give both or neither"
-            )
-        self._sampler, self._plan, self._out, self._guidance = sampler, plan, out, guidance
-        self._table = sampler.table(plan.steps, plan.sampler, plan.eta, plan.variance, plan.cfg.plus_plus)
+    def __init__(self, sampler: Sampler, job: BulkJob, out: Path) -> None:
+        self._sampler, self._job, self._out = sampler, job, out
+        self._table = sampler.table(job.options)
         config = sampler.config
         self._shape = (*config.image_size, config.in_channels)
-        self._is_labelled = config.num_classes is not None or guidance is not None
-        self._description = _describe(sampler, plan, self._table, guidance)
+        self._is_labelled = config.num_classes is not None or job.options.guidance is not None
+        self._description = _describe(sampler, job, self._table)
         self._is_described = False
 
     def requests(self, number: int) -> list[Request]:
         """The requests of a shard, numbered from 0."""
-        images = self._plan.images_of(number)
-        labels, seed = self._plan.labels_of(images), self._plan.seed + images.start
-        return self._sampler.requests(
-            len(images), self._table, labels, seed, guidance=self._guidance, cfg_scale=self._plan.cfg
-        )
+        images = self._job.images_of(number)
+        return self._sampler.requests(len(images), self._job.options_of(images), table=self._table)
 
     def shard(self, number: int, requests: list[Request]) -> Shard:
-        start = self._plan.images_of(number).start
-        labels = tuple(r.classifier_label for r in requests) if self._is_labelled else None
+        start = self._job.images_of(number).start
+        labels = tuple(r.label or 0 for r in requests) if self._is_labelled else None
         return Shard(number, start, tuple(r.seed for r in requests), labels, self._shape)
 
     def shards(self) -> Iterator[Shard]:
-        """Every shard of the plan."""
-        return (self.shard(number, self.requests(number)) for number in range(self._plan.num_shards))
+        """Every shard of the job."""
+        return (self.shard(number, self.requests(number)) for number in range(self._job.num_shards))
 
     def images(self, requests: list[Request]) -> Iterator[tuple[int, Bytes]]:
         """Finished images of a shard with their place in it, uint8 [H, W, C]; the slots start empty for each shard."""
-        for step in self._sampler.run(requests, self._guidance, batch_size=self._plan.batch_size):
+        options = self._job.options
+        for step in self._sampler.run(requests, options.guide, batch_size=options.batch_size):
             if step.is_last:
                 yield step.request.index, to_uint8(step.x_prev[None])[0]
 
@@ -191,8 +192,8 @@ class _Job:
         self.check_description()
         missing, damaged = [], []
         for shard in self.shards():
-            path = shard.path(self._out, self._plan.file_format)
-            if read_shard(self._out, shard, self._plan.file_format) is None:
+            path = shard.path(self._out, self._job.file_format)
+            if read_shard(self._out, shard, self._job.file_format) is None:
                 missing.append(shard.number)
                 damaged += [path.name] if path.exists() else []
         _remove_leftovers(self._out)
@@ -200,8 +201,8 @@ class _Job:
 
     def check_description(self) -> None:
         """Raises RequestError where the folder holds another run or shards of nobody knows what."""
-        path, count = self._out / RUN_NAME, self._plan.num_shards
-        own = {shard_name(i, self._plan.file_format) for i in range(count)}
+        path, count = self._out / RUN_NAME, self._job.num_shards
+        own = {shard_name(i, self._job.file_format) for i in range(count)}
         found = {entry.name for entry in self._out.iterdir() if _SHARD_NAME.fullmatch(entry.name)}
         if path.exists():
             _compare(path, self._description)
@@ -214,7 +215,7 @@ class _Job:
         if foreign := sorted(found - own):
             raise RequestError(
                 f"{self._out} holds {foreign[0]}, which is no shard of this run ({count} shards of "
-                f"{self._plan.shard_size} images as {self._plan.file_format}); move it away"
+                f"{self._job.shard_size} images as {self._job.file_format}); move it away"
             )
 
     def describe(self) -> None:
@@ -230,11 +231,9 @@ class _Job:
         self._is_described = True
 
 
-def _describe(
-    sampler: Sampler, plan: BulkPlan, table: StepTable, guidance: ClassifierGuidance | None
-) -> dict[str, Any]:
+def _describe(sampler: Sampler, job: BulkJob, table: StepTable) -> dict[str, Any]:
     """Everything that the bytes of the shards hang on, as JSON."""
-    manifest = sampler.backend.manifest
+    manifest, options = sampler.backend.manifest, job.options
     return {
         "format_version": 1,
         "bundle": {
@@ -242,40 +241,41 @@ def _describe(
             "checkpoint_sha256": manifest.checkpoint_sha256,
         },
         "table": {
-            "sampler": plan.sampler,
-            "steps": str(plan.steps),
-            "eta": plan.eta,
-            "variance": None if plan.variance is None else plan.variance.value,
+            "sampler": options.sampler,
+            "steps": str(options.steps),
+            "eta": options.eta,
+            "variance": None if options.variance is None else Variance(options.variance).value,
             "rows": len(table),
             "sha256": hashlib.sha256(table.to_array().astype("<f8").tobytes()).hexdigest(),
         },
-        "images": plan.n,
-        "seeds": {"first": plan.seed, "last": plan.seed + plan.n - 1},
-        "labels": _labels_rule(plan, sampler, guidance),
-        "guidance": _guidance(plan, guidance),
+        "images": job.n,
+        "seeds": {"first": options.seed, "last": options.seed + job.n - 1},
+        "labels": _labels_rule(job, sampler),
+        "guidance": _guidance(job),
         # As text, because an interval may be infinite, which JSON has no number for.
-        "classifier_free_guidance": {k: str(v) for k, v in dataclasses.asdict(plan.cfg).items()},
-        "shard_size": plan.shard_size,
-        "batch_size": plan.batch_size,
-        "format": plan.file_format,
-        "machine": _machine(sampler, plan),
+        "classifier_free_guidance": {k: str(v) for k, v in dataclasses.asdict(options.free_guidance).items()},
+        "shard_size": job.shard_size,
+        "batch_size": options.batch_size,
+        "format": job.file_format,
+        "machine": _machine(sampler, job),
         "versions": _versions(sampler.backend.name),
     }
 
 
-def _labels_rule(plan: BulkPlan, sampler: Sampler, guidance: ClassifierGuidance | None) -> Any:
-    if isinstance(plan.labels, tuple):
-        return {"in_turn": list(plan.labels)}
-    if plan.labels is not None:
-        return {"all": plan.labels}
-    return "drawn" if sampler.config.num_classes is not None or guidance is not None else None
+def _labels_rule(job: BulkJob, sampler: Sampler) -> Any:
+    if job.labels_in_turn is not None:
+        return {"in_turn": list(job.labels_in_turn)}
+    if job.options.labels is not None:
+        return {"all": job.options.labels}
+    return "drawn" if sampler.config.num_classes is not None or job.options.guidance is not None else None
 
 
-def _guidance(plan: BulkPlan, guidance: ClassifierGuidance | None) -> dict[str, Any] | None:
+def _guidance(job: BulkJob) -> dict[str, Any] | None:
+    guidance = job.options.guidance
     if guidance is None:
         return None
     return {
-        "classifier_sha256": plan.classifier_sha256,
+        "classifier_sha256": job.classifier_sha256,
         # The same file read with other facts is another classifier.
         "config_sha256": _digest(guidance.guide.config.to_dict()),
         "scale": guidance.scale,
@@ -288,7 +288,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _machine(sampler: Sampler, plan: BulkPlan) -> dict[str, Any]:
+def _machine(sampler: Sampler, job: BulkJob) -> dict[str, Any]:
     """What decides the rounding of one backend: another processor or thread count adds in another order."""
     backend = sampler.backend
     on_gpu = backend.device.type == "cuda"
@@ -296,7 +296,7 @@ def _machine(sampler: Sampler, plan: BulkPlan) -> dict[str, Any]:
         "backend": backend.name,
         "precision": backend.precision,
         "device": torch.cuda.get_device_name(backend.device) if on_gpu else _processor(),
-        "threads": plan.threads if plan.threads is not None else torch.get_num_threads(),
+        "threads": job.threads if job.threads is not None else torch.get_num_threads(),
     }
 
 

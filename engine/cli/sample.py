@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
 import logging
 import math
@@ -18,12 +19,13 @@ from engine.checkpoints.facts import facts_from_items
 from engine.checkpoints.load import load_checkpoint
 from engine.cli.sample_shards import is_bulk, sample_in_bulk
 from engine.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance
-from engine.diffusion.prediction import Variance
 from engine.errors import RequestError
 from engine.files import atomic_path, make_folder
 from engine.images import Bytes, check_png_channels, grid, save_images, save_npz, save_png, to_uint8
 from engine.networks.classifier import AutogradGuide
-from engine.sampling.sampler import Request, Sampler
+from engine.sampling.options import Labels, SamplingOptions
+from engine.sampling.requests import Request, drawable_labels, images_at_a_time
+from engine.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -44,19 +46,14 @@ def sample(args: argparse.Namespace) -> None:
     sampler = Sampler.open(args.bundle, args.backend, args.precision, args.threads)
     if args.grid is not None or (args.format or ("npz" if in_shards else "png")) == "png":
         check_png_channels(sampler.config.in_channels)
-    guidance = _guidance(args, sampler)
-    cfg = ClassifierFreeGuidance(
-        args.cfg_scale, args.cfg_rescale, interval=tuple(args.cfg_interval), plus_plus=args.cfg_plus_plus
-    )
+    options = _options(args, _guidance(args, sampler))
     if in_shards:
-        sample_in_bulk(args, sampler, guidance, cfg, _labels_in_turn(args, sampler, guidance))
+        sample_in_bulk(args, sampler, options, _labels_in_turn(args, sampler, options))
         return
-    variance = Variance(args.variance) if args.variance else None
-    table = sampler.table(args.steps, args.sampler, args.eta, variance, args.cfg_plus_plus)
-    labels = _labels(args, sampler, guidance)
-    requests = sampler.requests(args.n, table, labels, args.seed, guidance=guidance, cfg_scale=cfg)
+    options = dataclasses.replace(options, labels=_labels(args, sampler, options))
+    requests = sampler.requests(args.n, options)
     if args.grid is not None:
-        _columns(args, sampler, guidance)
+        _columns(args, sampler, options)
         if args.enlarge < 1:
             raise RequestError(f"--enlarge is {args.enlarge}; expected 1 or more")
         make_folder(args.grid.parent)
@@ -64,10 +61,10 @@ def sample(args: argparse.Namespace) -> None:
         make_folder(args.out)
     results = _Results()
     with _written_on_interrupt(args, requests, results):
-        _run(args, sampler, requests, guidance, results)
+        _run(args, sampler, requests, options, results)
     if args.grid is not None:
         whole = np.concatenate([results.images[i] for i in range(args.n)])
-        save_png(args.grid, grid(whole, _columns(args, sampler, guidance), args.enlarge))
+        save_png(args.grid, grid(whole, _columns(args, sampler, options), args.enlarge))
     _report(args, sampler, requests, results)
 
 
@@ -75,7 +72,7 @@ def _run(
     args: argparse.Namespace,
     sampler: Sampler,
     requests: list[Request],
-    guidance: ClassifierGuidance | None,
+    options: SamplingOptions,
     results: _Results,
 ) -> None:
     from tqdm import tqdm
@@ -83,7 +80,7 @@ def _run(
     start = time.perf_counter()
     total = sum(len(request.table) for request in requests)
     with tqdm(total=total, unit="step", desc="sampling", disable=None) as bar:
-        for step in sampler.run(requests, guidance, batch_size=args.batch_size):
+        for step in sampler.run(requests, options.guide, batch_size=options.batch_size):
             bar.update()
             if step.is_last:
                 number = step.request.index
@@ -104,7 +101,7 @@ def _written_on_interrupt(args: argparse.Namespace, requests: list[Request], res
         done = sorted(results.images)
         if args.out is not None and done:
             if args.format == "npz":
-                labels = [requests[i].classifier_label for i in done]
+                labels = [requests[i].label or 0 for i in done]
                 save_npz(args.out / "samples.npz", np.concatenate([results.images[i] for i in done]), labels)
             _write_table(args, [requests[i] for i in done])
 
@@ -113,64 +110,79 @@ def _write_table(args: argparse.Namespace, requests: list[Request]) -> None:
     with atomic_path(args.out / "samples.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["index", "seed", "label"])
-        writer.writerows([r.index, r.seed, r.classifier_label] for r in requests)
+        writer.writerows([r.index, r.seed, r.label or 0] for r in requests)
 
 
 def _guidance(args: argparse.Namespace, sampler: Sampler) -> ClassifierGuidance | None:
     if args.classifier is None:
-        return None if args.guidance_scale is None else sampler.classifier_guidance(args.guidance_scale)
+        return None if args.classifier_scale is None else sampler.classifier_guidance(args.classifier_scale)
     facts = {"image_size": sampler.config.image_size} | facts_from_items(args.classifier_fact, "--classifier-fact")
     classifier = load_checkpoint(args.classifier, **facts)
     for assumption in classifier.assumptions:
         logger.info("classifier: assumed %s", assumption)
     return ClassifierGuidance(
-        AutogradGuide(classifier.classifier()), 1.0 if args.guidance_scale is None else args.guidance_scale
+        AutogradGuide(classifier.classifier()), 1.0 if args.classifier_scale is None else args.classifier_scale
     )
 
 
-def _classes(sampler: Sampler, guidance: ClassifierGuidance | None) -> list[int]:
-    rows = sampler.config.num_classes
-    if rows is None and guidance is not None:
-        rows = guidance.guide.config.num_classes
-    return [y for y in range(rows or 0) if y != sampler.config.null_class]
+def _options(args: argparse.Namespace, guidance: ClassifierGuidance | None) -> SamplingOptions:
+    """The options on the command line; --per-class is no part of them yet."""
+    return SamplingOptions(
+        steps=args.steps,
+        sampler=args.sampler,
+        eta=args.eta,
+        variance=args.variance,
+        labels=args.label,
+        seed=args.seed,
+        guidance=guidance,
+        guidance_scale=ClassifierFreeGuidance(
+            args.guidance_scale,
+            args.guidance_rescale,
+            interval=tuple(args.guidance_interval),
+            plus_plus=args.guidance_plus_plus,
+        ),
+        batch_size=args.batch_size,
+    )
 
 
-def _labels(args: argparse.Namespace, sampler: Sampler, guidance: ClassifierGuidance | None) -> int | list[int] | None:
+def _classes(sampler: Sampler, options: SamplingOptions) -> list[int]:
+    guidance = options.guidance
+    return drawable_labels(sampler.config, None if guidance is None else guidance.guide.config)
+
+
+def _labels(args: argparse.Namespace, sampler: Sampler, options: SamplingOptions) -> Labels | None:
     if not args.per_class:
-        label: int | None = args.label
-        return label
-    classes = _classes(sampler, guidance)
+        return options.labels
+    classes = _classes(sampler, options)
     if not classes or args.n % len(classes):
         raise RequestError(f"--per-class needs a multiple of the {len(classes)} classes, got -n {args.n}")
     return [classes[i * len(classes) // args.n] for i in range(args.n)]
 
 
-def _labels_in_turn(
-    args: argparse.Namespace, sampler: Sampler, guidance: ClassifierGuidance | None
-) -> int | tuple[int, ...] | None:
-    """--class and --per-class as the labels of a BulkPlan: in shards the classes take turns."""
-    label: int | None = args.label
-    if args.per_class:
-        _labels(args, sampler, guidance)
-        return tuple(_classes(sampler, guidance))
-    return label
+def _labels_in_turn(args: argparse.Namespace, sampler: Sampler, options: SamplingOptions) -> tuple[int, ...] | None:
+    """--per-class as the labels_in_turn of a BulkJob: in shards the classes take turns."""
+    if not args.per_class:
+        return None
+    _labels(args, sampler, options)
+    return tuple(_classes(sampler, options))
 
 
-def _columns(args: argparse.Namespace, sampler: Sampler, guidance: ClassifierGuidance | None) -> int:
+def _columns(args: argparse.Namespace, sampler: Sampler, options: SamplingOptions) -> int:
     if args.columns is not None:
         if args.columns < 1:
             raise RequestError(f"--columns is {args.columns}; expected 1 or more")
         return int(args.columns)
     if args.per_class:
-        return int(args.n) // max(1, len(_classes(sampler, guidance)) or args.n)
+        return int(args.n) // max(1, len(_classes(sampler, options)) or args.n)
     return math.ceil(math.sqrt(args.n))
 
 
 def _report(args: argparse.Namespace, sampler: Sampler, requests: list[Request], results: _Results) -> None:
     steps = len(requests[0].table)
     # Slots are refilled as they empty, and all requests here have the same length: rounds of full batches.
-    calls = math.ceil(args.n / args.batch_size) * steps
-    batch = min(args.n, args.batch_size)
+    rounds = math.ceil(args.n / images_at_a_time(requests, args.batch_size))
+    calls = rounds * steps
+    batch = min(args.n, images_at_a_time(requests, args.batch_size))
     summary = {
         "images": len(results.images),
         "steps": steps,

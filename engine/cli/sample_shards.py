@@ -8,12 +8,11 @@ import logging
 import time
 from typing import Any
 
-from engine.bulk.job import BulkPlan, BulkResult, generate, merge
+from engine.bulk.job import BulkJob, BulkResult, generate, merge
 from engine.bundle.manifest import CLASSIFIER_NAME
-from engine.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance
-from engine.diffusion.prediction import Variance
 from engine.errors import RequestError
 from engine.files import file_sha256
+from engine.sampling.options import SamplingOptions
 from engine.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)
@@ -43,37 +42,27 @@ def is_bulk(args: argparse.Namespace) -> bool:
 
 
 def sample_in_bulk(
-    args: argparse.Namespace,
-    sampler: Sampler,
-    guidance: ClassifierGuidance | None,
-    cfg: ClassifierFreeGuidance,
-    labels: int | tuple[int, ...] | None,
+    args: argparse.Namespace, sampler: Sampler, options: SamplingOptions, labels_in_turn: tuple[int, ...] | None
 ) -> None:
     """Make the shards that --out does not hold yet, join them where asked, and say what was done."""
-    plan = BulkPlan(
-        n=args.n,
-        steps=args.steps,
-        sampler=args.sampler,
-        eta=args.eta,
-        variance=Variance(args.variance) if args.variance else None,
-        labels=labels,
-        seed=args.seed,
+    job = BulkJob(
+        args.n,
+        options,
+        labels_in_turn,
         shard_size=DEFAULT_SHARD_SIZE if args.shard_size is None else args.shard_size,
-        batch_size=args.batch_size,
         file_format=args.format or "npz",
         threads=args.threads,
-        classifier_sha256=None if guidance is None else _classifier_sha256(args, sampler),
-        cfg=cfg,
+        classifier_sha256=None if options.guidance is None else _classifier_sha256(args, sampler),
     )
-    progress = _Progress(plan.n)
+    progress = _Progress(job.n)
     try:
-        result = generate(sampler, plan, args.out, guidance, progress)
+        result = generate(sampler, job, args.out, progress)
     finally:
         progress.close()
     for name in result.remade:
         logger.warning("%s was damaged and was made again", name)
-    merged = merge(sampler, plan, args.out, guidance) if args.merge else None
-    _report(args, sampler, plan, result, progress.seconds, None if merged is None else str(merged))
+    merged = merge(sampler, job, args.out) if args.merge else None
+    _report(args, sampler, job, result, progress.seconds, None if merged is None else str(merged))
 
 
 def _classifier_sha256(args: argparse.Namespace, sampler: Sampler) -> str:
@@ -110,18 +99,18 @@ class _Progress:
 
 
 def _report(
-    args: argparse.Namespace, sampler: Sampler, plan: BulkPlan, result: BulkResult, seconds: float, merged: str | None
+    args: argparse.Namespace, sampler: Sampler, job: BulkJob, result: BulkResult, seconds: float, merged: str | None
 ) -> None:
     summary = {
-        "images": plan.n,
+        "images": job.n,
         "made": result.made,
         "kept": result.kept,
-        "shards": plan.num_shards,
-        "shard_size": plan.shard_size,
-        "sampler": plan.sampler,
+        "shards": job.num_shards,
+        "shard_size": job.shard_size,
+        "sampler": job.options.sampler,
         "backend": sampler.backend.name,
         "precision": sampler.backend.precision,
-        "batch_size": plan.batch_size,
+        "batch_size": job.options.batch_size,
         "seconds": seconds,
         "images_per_second": result.made / seconds if result.made else None,
         "out": str(args.out),
@@ -130,10 +119,11 @@ def _report(
     if args.json:
         print(json.dumps(summary))
         return
+    backend, options = sampler.backend, job.options
     rate = f" in {seconds:.1f} s, {result.made / seconds:.2f} images/s" if result.made else ""
     print(
-        f"{plan.n} images in {plan.num_shards} shards: {result.made} made{rate}, {result.kept} were there "
-        f"({plan.sampler}, {plan.steps} steps, backend {sampler.backend.name} {sampler.backend.precision})"
+        f"{job.n} images in {job.num_shards} shards: {result.made} made{rate}, {result.kept} were there "
+        f"({options.sampler}, {options.steps} steps, backend {backend.name} {backend.precision})"
     )
     print(f"written: {args.out}")
     if merged is not None:

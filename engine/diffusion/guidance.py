@@ -6,12 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.errors import RequestError
-from engine.networks.config import ClassifierConfig, LabelInput, UNetConfig
+from engine.networks.config import ClassifierConfig
 
 Interval = tuple[float, float]
 """First and last training timestep at which guidance acts, both included; log-SNR for continuous time."""
@@ -89,64 +87,10 @@ class ClassifierFreeGuidance:
         """Whether it changes anything, and so needs the unlabelled result too."""
         return self.scale != 1 or self.plus_plus
 
-
-def guided_out(with_label: Tensor, without_label: Tensor, cfg: ClassifierFreeGuidance, channels: int) -> Tensor:
-    """The guided result of one image, [C', H, W] float32, of its labelled and its unlabelled one.
-
-    channels: C; channels from C on, of a learned variance, are the labelled ones.
-    """
-    labelled = with_label[:channels]
-    update = labelled - without_label[:channels]
-    if cfg.parallel != 1:
-        # In float64: what is kept is a small difference of two large vectors.
-        unit = F.normalize(labelled.flatten().double(), dim=0)
-        along = torch.dot(update.flatten().double(), unit) * unit
-        update = update - (1 - cfg.parallel) * along.reshape(update.shape).to(update.dtype)
-    out = labelled + (cfg.scale - 1) * update
-    if cfg.rescale:
-        out = out * (cfg.rescale * labelled.std() / out.std() + 1 - cfg.rescale)
-    return torch.cat([out, with_label[channels:]])
-
-
-def guided_outs(
-    with_label: Tensor,
-    without_label: Tensor,
-    is_active: Tensor,
-    scale: Tensor,
-    rescale_and_parallel: tuple[Tensor, Tensor] | None,
-    channels: int,
-) -> Tensor:
-    """guided_out of a batch, [B, C', H, W] float32, each image with numbers of its own, without waiting for a device.
-
-    is_active: [B] bool; where it is False an image keeps its labelled result. scale, rescale, parallel: [B] float32;
-    None for rescale 0 and parallel 1 in all of them.
-    """
-    labelled = with_label[:, :channels]
-    update = labelled - without_label[:, :channels]
-    if rescale_and_parallel is not None:
-        unit = F.normalize(labelled.flatten(1).double(), dim=1)
-        along = (update.flatten(1).double() * unit).sum(dim=1, keepdim=True) * unit
-        update = update - (1 - _per_image(rescale_and_parallel[1])) * along.reshape(update.shape).to(update.dtype)
-    out = labelled + (_per_image(scale) - 1) * update
-    if rescale_and_parallel is not None:
-        rescale = _per_image(rescale_and_parallel[0])
-        ratio = _per_image(labelled.flatten(1).std(dim=1) / out.flatten(1).std(dim=1))
-        out = torch.where(rescale != 0, out * (rescale * ratio + 1 - rescale), out)
-    return torch.cat([torch.where(_per_image(is_active), out, labelled), with_label[:, channels:]], dim=1)
-
-
-def _per_image(values: Tensor) -> Tensor:
-    return values[:, None, None, None]
-
-
-def require_null_class(config: UNetConfig) -> int:
-    """The label that means none; raises RequestError for a network that has none."""
-    if config.null_class is None or config.label is not LabelInput.TABLE:
-        raise RequestError(
-            "classifier-free guidance needs a label that means none, and this checkpoint names none; leave cfg_scale "
-            "out, or export the checkpoint with --null-class"
-        )
-    return config.null_class
+    @property
+    def goes_beyond_scale(self) -> bool:
+        """Whether it does more than move the result along with_label - without_label."""
+        return self.rescale != 0 or self.parallel != 1 or self.plus_plus
 
 
 def is_within(time: float, interval: Interval) -> bool:

@@ -13,24 +13,21 @@ its operand is not used.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from engine.diffusion.continuous import time_slices
+from engine.diffusion.ladder import Steps, sliced, visited
 from engine.diffusion.prediction import (
     Diffusion,
     Prediction,
-    Spacing,
     Variance,
     eps_coefficients,
     log_variance_bounds,
     x0_coefficients,
 )
-from engine.diffusion.schedule import Float64, NoiseSchedule, space_timesteps
+from engine.diffusion.schedule import Float64, NoiseSchedule
 from engine.errors import RequestError
 
 
@@ -96,61 +93,6 @@ _LOG_LEAST_VARIANCE = float(np.log(1e-20))
 COLUMNS = tuple(f.name for f in dataclasses.fields(StepTable))
 
 
-Steps = int | str | Sequence[int]
-"""A number of steps in the checkpoint's own spacing, a respacing string, or the timesteps themselves (ascending)."""
-
-
-def visited_timesteps(diffusion: Diffusion, steps: Steps) -> NDArray[np.int64]:
-    """Ascending indices into the schedule; raises RequestError for timesteps that are none or out of order."""
-    total = len(diffusion.schedule)
-    if not isinstance(steps, int | str):
-        is_list = isinstance(steps, Sequence | range | np.ndarray)
-        if not is_list or not all(isinstance(t, int | np.integer) for t in steps):
-            raise RequestError(
-                f"steps is {steps!r}; expected a number, a respacing string or a list of whole timesteps"
-            )
-        chosen = np.array(list(steps), dtype=np.int64)
-        if not len(chosen) or chosen[0] < 0 or chosen[-1] >= total or np.any(np.diff(chosen) <= 0):
-            raise RequestError(f"timesteps must ascend within 0 to {total - 1}, got {list(steps)[:8]}")
-        return chosen
-    text = str(steps).strip()
-    if diffusion.spacing is Spacing.EVEN or not text.isdigit():
-        return space_timesteps(total, text)
-    return _spaced(diffusion, int(text), total)
-
-
-def _spaced(diffusion: Diffusion, count: int, total: int) -> NDArray[np.int64]:
-    if not 1 <= count <= total:
-        raise RequestError(f"cannot take {count} steps of {total}; take 1 to {total}")
-    match diffusion.spacing:
-        case Spacing.LEADING:
-            chosen = np.arange(count) * (total // count) + diffusion.spacing_offset
-        case Spacing.TRAILING:
-            chosen = np.round(np.arange(total, 0, -total / count))[::-1] - 1
-        case Spacing.LINSPACE:
-            chosen = np.round(np.linspace(0, total - 1, count))
-        case _:
-            # torch's float32 values, because one that should be a whole number may be cut to the number below it.
-            chosen = np.trunc(torch.linspace(-1, total - 1, count + 1).numpy()[1:])
-    # Rounding may give the trailing ones one entry too many, below 0.
-    return np.unique(np.minimum(chosen[chosen >= 0].astype(np.int64), total - 1))
-
-
-def _sliced(diffusion: Diffusion, steps: Steps) -> Diffusion:
-    """A diffusion in continuous time as a discrete one of `steps` timesteps; any other as it is."""
-    if diffusion.log_snr is None:
-        return diffusion
-    text = str(steps).strip()
-    if not text.isdecimal() or int(text) < 1:
-        raise RequestError(f"this network was trained in continuous time; give a number of steps, got {steps!r}")
-    slices = time_slices(diffusion.log_snr, int(text))
-    return dataclasses.replace(diffusion, schedule=slices, log_snr=None, spacing=Spacing.EVEN)
-
-
-def _visited(diffusion: Diffusion, steps: Steps) -> NoiseSchedule:
-    return diffusion.schedule.respaced(visited_timesteps(diffusion, steps))
-
-
 def _at(
     diffusion: Diffusion,
     schedule: NoiseSchedule,
@@ -200,8 +142,8 @@ def ddpm_table(diffusion: Diffusion, steps: Steps, variance: Variance | None = N
     diffusion: the checkpoint's. steps: a count, a respacing string or ascending timesteps. variance: the checkpoint's
     own unless given. Classifier guidance shifts the mean by var * grad (Dhariwal & Nichol, 2021, algorithm 1).
     """
-    diffusion = _sliced(diffusion, steps)
-    schedule = _visited(diffusion, steps)
+    diffusion = sliced(diffusion, steps)
+    schedule = visited(diffusion, steps)
     chosen = variance or diffusion.variance
     if chosen is Variance.LEARNED_RANGE and diffusion.variance is not Variance.LEARNED_RANGE:
         raise RequestError("this network has no variance channels; choose fixed_small or fixed_large")
@@ -237,8 +179,8 @@ def ddim_table(diffusion: Diffusion, steps: Steps, eta: float = 0.0) -> StepTabl
     classifier's gradient moves eps by -sqrt(1 - abar) grad (Dhariwal & Nichol, 2021, algorithm 2), which is H on x0.
     Raises RequestError for eta < 0 or an eta whose noise would exceed the step's whole variance.
     """
-    diffusion = _sliced(diffusion, steps)
-    schedule = _visited(diffusion, steps)
+    diffusion = sliced(diffusion, steps)
+    schedule = visited(diffusion, steps)
     abar, previous = schedule.alphas_cumprod, _ddim_targets(diffusion, schedule, steps)
     is_finite = bool(np.isfinite(eta))
     variance = (1 - previous) / (1 - abar) * np.maximum(1 - abar / previous, 0.0)
@@ -280,8 +222,8 @@ def ddim_inversion_table(diffusion: Diffusion, steps: Steps) -> StepTable:
     x_{t+1} = sqrt(abar_{t+1}) x0 + sqrt(1 - abar_{t+1}) eps; DDIM (Song et al., 2021), section 4.3. The last row
     goes to abar = 0, as in guided-diffusion. Rows ascend in t.
     """
-    diffusion = _sliced(diffusion, steps)
-    schedule = _visited(diffusion, steps)
+    diffusion = sliced(diffusion, steps)
+    schedule = visited(diffusion, steps)
     abar, following = schedule.alphas_cumprod, schedule.alphas_cumprod_next
     towards = np.sqrt(1 - following)
     if diffusion.keeps_eps:
@@ -309,8 +251,8 @@ def dpmpp_table(diffusion: Diffusion, steps: Steps) -> StepTable:
     The first row and the last, which goes to sigma 0, are of first order (D = x0), as in diffusers' midpoint solver.
     A classifier's gradient moves x0 as in ddim_table. Raises RequestError for steps that do not fit.
     """
-    diffusion = _sliced(diffusion, steps)
-    schedule = _visited(diffusion, steps)
+    diffusion = sliced(diffusion, steps)
+    schedule = visited(diffusion, steps)
     abar = schedule.alphas_cumprod
     half_log_snr = 0.5 * (np.log(abar) - np.log1p(-abar))
     # Entry t goes from level t to level t - 1. Entry 0 goes to sigma 0, where h is infinite: all of x0, none of x_t.
@@ -340,8 +282,8 @@ def plms_table(diffusion: Diffusion, steps: Steps) -> StepTable:
     steps are N + 1 calls. A classifier's gradient moves a step as it moves that of ddim_table, without a mean. Raises
     RequestError for steps that do not fit.
     """
-    diffusion = _sliced(diffusion, steps)
-    schedule = _visited(diffusion, steps)
+    diffusion = sliced(diffusion, steps)
+    schedule = visited(diffusion, steps)
     abar, previous = schedule.alphas_cumprod, _ddim_targets(diffusion, schedule, steps)
     from_xt, from_out = _at(diffusion, schedule, eps_coefficients)
     from_eps = np.sqrt(1 - previous) - np.sqrt(previous / abar * (1 - abar))
@@ -366,3 +308,68 @@ def plms_table(diffusion: Diffusion, steps: Steps) -> StepTable:
         kept[name][1] = value
     kept["K"][1], kept["N"][1] = kept["K"][0], kept["N"][0]
     return StepTable(**kept)
+
+
+@dataclass(frozen=True, slots=True)
+class NamedSampler:
+    """How the table of a sampler is made, and which options it takes.
+
+    make: called with the diffusion, the steps and the options it takes, by name. options: those of eta, variance and
+    plus_plus. noise: where its noise comes from, as a clause of a refusal; None where it adds none.
+    """
+
+    make: Callable[..., StepTable]
+    options: tuple[str, ...] = ()
+    noise: str | None = None
+
+
+def _ddim_or_plus_plus(diffusion: Diffusion, steps: Steps, eta: float = 0.0, plus_plus: bool = False) -> StepTable:
+    return ddim_table(for_plus_plus(diffusion) if plus_plus else diffusion, steps, eta)
+
+
+def for_plus_plus(diffusion: Diffusion) -> Diffusion:
+    """The diffusion for CFG++, whose steps go along an eps that is not the one of their limited x0."""
+    return dataclasses.replace(diffusion, keeps_eps=True)
+
+
+SAMPLERS: dict[str, NamedSampler] = {
+    "ddim": NamedSampler(_ddim_or_plus_plus, ("eta", "plus_plus"), "the noise of ddim is set by eta"),
+    "ddpm": NamedSampler(ddpm_table, ("variance",), "ddpm has its own variance"),
+    "dpmpp": NamedSampler(dpmpp_table),
+    "plms": NamedSampler(plms_table),
+}
+"""The samplers by name, the default first; whatever names a sampler reads this."""
+
+
+def named_table(
+    diffusion: Diffusion,
+    sampler: str,
+    steps: Steps,
+    *,
+    eta: float = 0.0,
+    variance: Variance | None = None,
+    plus_plus: bool = False,
+) -> StepTable:
+    """The table of a sampler in SAMPLERS.
+
+    plus_plus: for classifier-free guidance in the form of CFG++. Raises RequestError for an unknown name, for steps
+    that do not fit the schedule, and for an option that the sampler does not take.
+    """
+    if sampler not in SAMPLERS:
+        raise RequestError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+    named = SAMPLERS[sampler]
+    given = {
+        name: value
+        for name, value, default in (("eta", eta, 0.0), ("variance", variance, None), ("plus_plus", plus_plus, False))
+        if value != default
+    }
+    for name in given:
+        if name in named.options:
+            continue
+        takers = ", ".join(other for other, one in SAMPLERS.items() if name in one.options)
+        if name == "plus_plus":
+            raise RequestError(f"CFG++ goes along the unlabelled eps, which {sampler} does not; use {takers}")
+        if named.noise is None:
+            raise RequestError(f"{sampler} adds no noise; leave eta and variance out")
+        raise RequestError(f"{name} belongs to {takers}; {named.noise}")
+    return named.make(diffusion, steps, **given)

@@ -9,6 +9,7 @@ The layout, B slots and an arena of R rows (all contiguous, allocated once, at a
     draw         [B] int32                   of the next step's noise; it rises by 1 with every replay
     x_t, x0      [B, C, H, W] float32        x0 of the step before; 0 when an image enters
     older        [3, B, C, H, W] float32     outs that rows with push have kept, newest first
+    conditions   [2, B, ...] each by name    what the network is given, and the other half of classifier-free guidance
     arrived      [B] int32                   scratch of kernels.triton.update; 0 between steps
     threshold    [B] float32                 scratch of kernels.triton.update
 
@@ -18,6 +19,7 @@ it is until the host fetches it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,26 +27,27 @@ import torch
 from torch import Tensor
 
 from engine.device import Device
-from engine.diffusion.guidance import Interval, is_within
+from engine.diffusion.guidance import Interval
 from engine.diffusion.solvers import COLUMNS, StepTable
 from engine.errors import RequestError
 from engine.networks.config import LabelInput, UNetConfig
+from engine.sampling.step import OLDER, active_rows, has_thresholds, is_multistep, table_key
 
 LEAST_ARENA_ROWS = 16384
 """1.5 MB; sixteen different tables of 1000 steps."""
 
 _ROWS_PER_SLOT = 1024
 _INTS = ("row", "last", "seed_low", "seed_high", "draw")
-_FLOATS = ("scale", "cfg_scale", "cfg_rescale", "cfg_parallel", "cfg_plus_plus")
+_FLOATS = ("scale", "strength", "rescale", "removed", "plus_plus")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SlotState:
     """Device memory of B slots; see the module. ints, floats: [5, B], of which the named ones are rows.
 
-    label: [B] int64, or [B] or [B, D] float32, of the network; class_label [B] int64 and scale of the classifier.
-    cfg_*: of classifier-free guidance. cond: [B, Cc, H, W] or None. known, mask: [B, C, H, W]; a mask of 1 keeps
-    nothing.
+    conditions: by name, the names and shapes of engine.networks.inputs.Conditions with a first axis of two halves, with
+    and without. class_label [B] int64 and scale are the classifier's, the other numbers those of
+    engine.sampling.step.guided_out. known, mask: [B, C, H, W]; a mask of 1 keeps nothing.
     """
 
     arena: Tensor
@@ -54,9 +57,8 @@ class SlotState:
     x_t: Tensor
     x0: Tensor
     older: Tensor
-    label: Tensor
+    conditions: Mapping[str, Tensor]
     class_label: Tensor
-    cond: Tensor | None
     known: Tensor
     mask: Tensor
     arrived: Tensor
@@ -87,21 +89,14 @@ class SlotState:
         return self.ints[4]
 
     def number(self, name: str) -> Tensor:
-        """[B] float32: scale, cfg_scale, cfg_rescale, cfg_parallel or cfg_plus_plus."""
+        """[B] float32: scale, strength, rescale, removed or plus_plus."""
         return self.floats[_FLOATS.index(name)]
-
-    @property
-    def written_by_a_step(self) -> tuple[Tensor, ...]:
-        """What a replay changes."""
-        return self.ints, self.x_t, self.x0, self.older
 
 
 def allocate_state(device: Device, config: UNetConfig, capacity: int) -> SlotState:
     """Zeroed state for `capacity` slots, all of them resting."""
     image = (config.in_channels, *config.image_size)
     rows = max(LEAST_ARENA_ROWS, _ROWS_PER_SLOT * capacity)
-    label = (capacity, config.time_channels) if config.label is LabelInput.VECTOR else (capacity,)
-    has_cond = config.cond_channels > 0 and not config.self_condition
 
     def floats(*shape: int) -> Tensor:
         return device.allocate(shape, torch.float32)
@@ -113,10 +108,12 @@ def allocate_state(device: Device, config: UNetConfig, capacity: int) -> SlotSta
         floats=floats(len(_FLOATS), capacity),
         x_t=floats(capacity, *image),
         x0=floats(capacity, *image),
-        older=floats(3, capacity, *image),
-        label=device.allocate(label, torch.int64 if config.label is LabelInput.TABLE else torch.float32),
+        older=floats(OLDER, capacity, *image),
+        conditions={
+            name: device.allocate((2, capacity, *shape), dtype)
+            for name, (shape, dtype) in _condition_shapes(config).items()
+        },
         class_label=device.allocate((capacity,), torch.int64),
-        cond=floats(capacity, config.cond_channels, *config.image_size) if has_cond else None,
         known=floats(capacity, *image),
         mask=floats(capacity, *image),
         arrived=device.allocate((capacity,), torch.int32),
@@ -125,6 +122,17 @@ def allocate_state(device: Device, config: UNetConfig, capacity: int) -> SlotSta
     device.copy_in(state.arena[0], torch.from_numpy(identity_row(0.0)))
     device.copy_in(state.mask, torch.ones(()))
     return state
+
+
+def _condition_shapes(config: UNetConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each condition of one image; the x0 of self-conditioning is no condition of a request."""
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if config.num_classes is not None:
+        label = (config.time_channels,) if config.label is LabelInput.VECTOR else ()
+        shapes["label"] = (label, torch.int64 if config.label is LabelInput.TABLE else torch.float32)
+    if config.cond_channels > 0 and not config.self_condition:
+        shapes["image"] = ((config.cond_channels, *config.image_size), torch.float32)
+    return shapes
 
 
 def identity_row(timestep: float) -> np.ndarray:
@@ -170,43 +178,42 @@ class HostSlots:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placed:
-    """A table in the arena: rows first to last, the latter its identity row; where guidance acts, [N + 1] each.
+    """A table in the arena: rows first to last, the latter its identity row.
 
-    has_extras: dynamic thresholds or outs of rows before.
+    free_active, guide_active: [N + 1] bool, the rows at which classifier-free and classifier guidance act. is_noisy,
+    thresholds, multistep: whether some row adds noise, has a dynamic threshold, or keeps or takes outs of other rows.
     """
 
-    table: StepTable
     first: int
-    cfg_active: np.ndarray
+    last: int
+    free_active: np.ndarray
     guide_active: np.ndarray
     is_noisy: bool
-    has_extras: bool
-
-    @property
-    def last(self) -> int:
-        return self.first + len(self.table)
+    thresholds: bool
+    multistep: bool
 
 
 class Arena:
-    """Puts tables into the arena, and takes those that no image uses out of it when room is needed.
+    """Puts tables into the arena, each once by the value of its rows and by the intervals of guidance.
 
-    timestep_scale: what the network's timesteps are multiples of. guide_interval: of classifier guidance.
+    A table that no image uses stays only until its room is needed. timestep_scale: what the network's timesteps are
+    multiples of.
     """
 
-    def __init__(self, device: Device, state: SlotState, timestep_scale: float, guide_interval: Interval) -> None:
-        self._device, self._state = device, state
-        self._scale, self._guide_interval = timestep_scale, guide_interval
-        self._placed: dict[tuple[int, Interval], Placed] = {}
+    def __init__(self, device: Device, state: SlotState, timestep_scale: float) -> None:
+        self._device, self._state, self._scale = device, state, timestep_scale
+        self._placed: dict[tuple[bytes, Interval, Interval], Placed] = {}
 
-    def place(self, table: StepTable, cfg_interval: Interval, used: set[int]) -> Placed:
-        """Where a table lies, after putting it there; used: first rows of the tables of images in progress.
+    def place(self, table: StepTable, free: Interval, guide: Interval, used: set[int]) -> Placed:
+        """Where a table lies, after putting it there.
 
-        Raises RequestError where there is no room beside those.
+        free, guide: the intervals of classifier-free and of classifier guidance. used: first rows of the tables of
+        images in progress. Raises RequestError where there is no room beside those.
         """
-        key = (id(table), cfg_interval)
+        key = (table_key(table), free, guide)
         if key not in self._placed:
             first = self._room(len(table) + 1, used)
-            self._placed[key] = self._write(table, cfg_interval, first)
+            self._placed[key] = self._write(table, free, guide, first)
         return self._placed[key]
 
     def _room(self, rows: int, used: set[int]) -> int:
@@ -225,15 +232,15 @@ class Arena:
             f"{len(self._state.arena)} rows; use fewer steps, fewer different tables or a smaller batch"
         )
 
-    def _write(self, table: StepTable, cfg_interval: Interval, first: int) -> Placed:
+    def _write(self, table: StepTable, free: Interval, guide: Interval, first: int) -> Placed:
         rows = table.to_array().astype(np.float32)
-        times = table.timestep / self._scale
-        cfg = np.array([is_within(t, cfg_interval) for t in times] + [False])
-        guide = np.array([is_within(t, self._guide_interval) for t in times] + [False])
+        free_active, guide_active = (
+            np.append(active_rows(table, interval, self._scale), False) for interval in (free, guide)
+        )
+        flags = np.stack([free_active, guide_active], axis=1).astype(np.float32)
         whole = np.concatenate([rows, identity_row(float(table.timestep[-1]))[None]])
         end = first + len(whole)
         self._device.copy_in(self._state.arena[first:end], torch.from_numpy(whole))
-        flags = np.stack([cfg, guide], axis=1).astype(np.float32)
         self._device.copy_in(self._state.active[first:end], torch.from_numpy(flags))
-        has_extras = any(getattr(table, name).any() for name in ("percentile", "push", "O1", "O2", "O3"))
-        return Placed(table, first, cfg, guide, bool(table.S.any()), has_extras)
+        noise, thresholds = bool(table.S.any()), has_thresholds(table)
+        return Placed(first, end - 1, free_active, guide_active, noise, thresholds, is_multistep(table))

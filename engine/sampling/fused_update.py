@@ -37,4 +37,5 @@ def fused_update(state: SlotState, out: Tensor, grad: Tensor | None, raw_out: Te
         arrived=state.arrived,
         threshold=state.threshold,
     )
-    step(slots, out, grad, raw_out, noise=variant.noise, extras=variant.extras)
+    extras = variant.thresholds or variant.known or variant.multistep
+    step(slots, out, grad, raw_out, noise=variant.noise, extras=extras)

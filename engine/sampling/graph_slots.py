@@ -7,7 +7,8 @@ picks the graph that the images at their rows need, and fetches what is finished
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,25 +18,24 @@ from torch import Tensor
 from engine.backends.protocol import Capturable
 from engine.bundle.manifest import Manifest
 from engine.device import Device
-from engine.diffusion.guidance import EVERYWHERE, Interval, require_null_class
+from engine.diffusion.guidance import EVERYWHERE
 from engine.diffusion.noise import NOISE, normal
 from engine.errors import BackendError, RequestError
 from engine.sampling.device_state import Arena, HostSlots, Placed, allocate_state
-from engine.sampling.slots import Request, Step, label_tensor
+from engine.sampling.requests import Request, check_entry
+from engine.sampling.slot_batch import Snapshot, Step, require_taken
+from engine.sampling.step import UNGUIDED, guidance_numbers
 from engine.sampling.step_program import StepProgram, Update, Variant, torch_update
 
 logger = logging.getLogger(__name__)
-
-_IDLE_KEPT = 4
-_UNGUIDED = (1.0, 0.0, 1.0, 0.0)
-"""cfg_scale, cfg_rescale, cfg_parallel and cfg_plus_plus of an image without classifier-free guidance."""
 
 
 class GraphSlots:
     """Up to `capacity` images in progress on one device; the images are those of engine.sampling.slots.Slots, up to
     rounding.
 
-    network, guide: what a step calls. guide_interval: of classifier guidance. The first step of each variant runs as
+    network, guide: what a step calls; guide is that of requests with guidance. batch_size: the network's largest batch,
+    `capacity` or more; None for twice the capacity. The first step of each variant runs as
     it is, which loads kernels and lets libraries choose; the second is captured; all later ones replay it.
     """
 
@@ -46,19 +46,20 @@ class GraphSlots:
         network: Capturable,
         capacity: int,
         guide: Capturable | None = None,
-        guide_interval: Interval = EVERYWHERE,
         update: Update = torch_update,
+        batch_size: int | None = None,
     ) -> None:
         config, diffusion = manifest.config, manifest.diffusion
         self._device, self._config = device, config
         self._state = allocate_state(device, config, capacity)
-        self._arena = Arena(device, self._state, diffusion.timestep_scale, guide_interval)
-        self._program = StepProgram(device, self._state, config, diffusion.prediction, network, guide, update)
+        self._arena = Arena(device, self._state, diffusion.timestep_scale)
+        self._program = StepProgram(
+            device, self._state, config, diffusion.prediction, network, guide, update, batch_size
+        )
         self._has_guide = guide is not None
         self._host = HostSlots(capacity)
         self._requests: list[Request | None] = [None] * capacity
         self._placed: list[Placed | None] = [None] * capacity
-        self._labels = torch.zeros(self._state.label.shape, dtype=self._state.label.dtype)
         self._classes = torch.zeros(capacity, dtype=torch.int64)
         self._masked: set[int] = set()
         self._is_stale = True
@@ -85,38 +86,44 @@ class GraphSlots:
         return tuple(variant for variant, graph in self._graphs.items() if graph is not None)
 
     def enter(self, slot: int, request: Request) -> None:
-        """Put an image into an empty slot; raises RequestError."""
+        """See SlotBatch."""
         if self._requests[slot] is not None:
             raise RequestError(f"slot {slot} is taken")
-        if self._state.cond is not None and request.cond is None:
-            raise RequestError("this network takes a condition image; pass cond")
-        if (request.known is None) != (request.mask is None):
-            raise RequestError("a known image and its mask belong together; give both or neither")
-        cfg = request.cfg
-        if cfg is not None:
-            require_null_class(self._config)
+        check_entry(request, self._config, self._has_guide)
+        free, guidance = request.free_guidance, request.guidance
         used = {placed.first for placed in self._placed if placed is not None}
-        placed = self._arena.place(request.table, EVERYWHERE if cfg is None else cfg.interval, used)
-        numbers = _UNGUIDED
-        if cfg is not None and cfg.is_active:
-            numbers = (cfg.scale, cfg.rescale, cfg.parallel, float(cfg.plus_plus))
-        scale = request.scale if self._has_guide else 0.0
+        placed = self._arena.place(
+            request.table,
+            EVERYWHERE if free is None else free.interval,
+            EVERYWHERE if guidance is None else guidance.interval,
+            used,
+        )
+        numbers = UNGUIDED if free is None or not free.is_active else guidance_numbers(free)
+        scale = 0.0 if guidance is None else guidance.scale
         self._host.enter(slot, placed.first, placed.last, request.seed, (scale, *numbers))
         self._requests[slot], self._placed[slot] = request, placed
-        label = label_tensor(self._config, [request])
-        if label is not None:
-            self._labels[slot] = label[0]
-        self._classes[slot] = request.classifier_label
+        self._classes[slot] = 0 if guidance is None else guidance.label
         self._is_stale = True
         self._copy_images(slot, request)
 
-    def step(self) -> list[Step]:
-        """Advance every image by its next row; finished images leave their slots."""
-        live = [(slot, request) for slot, request in enumerate(self._requests) if request is not None]
-        variant = self._variant(live)
-        self._upload()
-        self._run(variant)
-        self._host.advance()
+    def leave(self, slot: int) -> None:
+        """See SlotBatch."""
+        require_taken(self._requests, [slot])
+        self._leave(slot)
+
+    def step(self, only: Collection[int] | None = None) -> list[Step]:
+        """See SlotBatch. A slot that rests is put on the identity row for this step, and gets back what it held."""
+        if only is not None:
+            require_taken(self._requests, only)
+        taken = [(slot, request) for slot, request in enumerate(self._requests) if request is not None]
+        live = [(slot, request) for slot, request in taken if only is None or slot in only]
+        if not live:
+            return []
+        resting = [slot for slot, _ in taken if only is not None and slot not in only]
+        with self._rest(resting):
+            self._upload()
+            self._run(self._variant(live))
+            self._host.advance()
         self._steps_done += 1
         finished = {slot for slot, _ in live if self._host.row[slot] == self._host.last[slot]}
         read = self._fetcher(is_now=bool(finished))
@@ -124,10 +131,37 @@ class GraphSlots:
             self._leave(slot)
         return [Step(request, slot in finished, partial(_part, read, slot)) for slot, request in live]
 
+    def snapshot(self, slots: Sequence[int]) -> Snapshot:
+        """See SlotBatch; a copy that the device makes after the steps enqueued so far, and before later ones."""
+        require_taken(self._requests, slots)
+        return Snapshot(tuple(slots), self._device.copy_out_later([self._state.x0[slot] for slot in slots]))
+
     def clear(self) -> None:
         """Drop every image in progress."""
         for slot in range(self.capacity):
             self._leave(slot)
+
+    @contextmanager
+    def _rest(self, slots: list[int]) -> Iterator[None]:
+        """Keep these slots as they are through a step: their numbers on the host, their images on the device."""
+        if not slots:
+            yield
+            return
+        host, state, device = self._host, self._state, self._device
+        ints, floats = host.ints[:, slots].copy(), host.floats[:, slots].copy()
+        # What a step makes of a resting slot is undone, so that it is right for x0 and for a known part too.
+        held = [tensor[slot] for slot in slots for tensor in (state.x_t, state.x0)]
+        with device.use(device.main):
+            kept = torch.stack(held)
+        for slot in slots:
+            host.rest(slot)
+        self._is_stale = True
+        yield
+        with device.use(device.main):
+            for tensor, value in zip(held, kept, strict=True):
+                tensor.copy_(value)
+        host.ints[:, slots], host.floats[:, slots] = ints, floats
+        self._is_stale = True
 
     def _leave(self, slot: int) -> None:
         self._requests[slot] = self._placed[slot] = None
@@ -141,8 +175,10 @@ class GraphSlots:
             start = torch.from_numpy(normal([request.seed], [0], tuple(state.x_t.shape[1:]), NOISE)[0])
         copy_in(state.x_t[slot], start)
         copy_in(state.x0[slot], torch.zeros(()))
-        if state.cond is not None and request.cond is not None:
-            copy_in(state.cond[slot], request.cond)
+        # A slot without the other half never takes it, but its network call may: then it is given the first half.
+        for half, conditions in enumerate((request.conditions, request.without or request.conditions)):
+            for name, value in conditions.tensors().items():
+                copy_in(state.conditions[name][half, slot], value[0])
         if request.known is not None and request.mask is not None:
             copy_in(state.known[slot], request.known)
             copy_in(state.mask[slot], request.mask)
@@ -158,23 +194,25 @@ class GraphSlots:
         state, copy_in = self._state, self._device.copy_in
         copy_in(state.ints, torch.from_numpy(self._host.ints))
         copy_in(state.floats, torch.from_numpy(self._host.floats))
-        copy_in(state.label, self._labels)
         copy_in(state.class_label, self._classes)
         self._is_stale = False
 
     def _variant(self, live: list[tuple[int, Request]]) -> Variant:
         """What the images need at their rows."""
-        gradient = doubled = noise = extras = False
+        gradient = doubled = beyond_scale = noise = thresholds = multistep = known = False
         for slot, request in live:
             placed = self._placed[slot]
             assert placed is not None
-            row, cfg = int(self._host.row[slot]) - placed.first, request.cfg
+            row, free = int(self._host.row[slot]) - placed.first, request.free_guidance
             gradient |= bool(self._host.floats[0, slot] != 0 and placed.guide_active[row])
-            doubled |= bool(cfg is not None and cfg.is_active and placed.cfg_active[row])
+            if free is not None and free.is_active and placed.free_active[row]:
+                doubled = True
+                beyond_scale |= free.goes_beyond_scale
             noise |= placed.is_noisy
-            extras |= placed.has_extras or request.mask is not None
-            extras |= cfg is not None and (cfg.rescale != 0 or cfg.parallel != 1 or cfg.plus_plus)
-        return Variant(gradient, doubled, noise, extras)
+            thresholds |= placed.thresholds
+            multistep |= placed.multistep
+            known |= request.mask is not None
+        return Variant(gradient, doubled, beyond_scale, noise, thresholds, multistep, known)
 
     def _run(self, variant: Variant) -> None:
         if variant not in self._graphs and variant in self._tried:

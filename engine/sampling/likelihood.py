@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from engine.backends.protocol import Backend
+from engine.diffusion.ladder import Steps, visited_timesteps
 from engine.diffusion.noise import NOISE, NoiseSource, normal
 from engine.diffusion.prediction import Diffusion, log_variance_bounds, x0_coefficients
-from engine.diffusion.solvers import Steps, visited_timesteps
 from engine.errors import RequestError
 from engine.networks.inputs import UNCONDITIONED, Conditions, Inputs
 from kernels.reference import limit_x0

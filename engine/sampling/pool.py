@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from engine.backends.protocol import Backend, is_capturable
 from engine.device import Device, cuda_device
-from engine.diffusion.guidance import EVERYWHERE, ClassifierGuidance, Interval
+from engine.diffusion.guidance import Guide
 from engine.diffusion.noise import NoiseSource, normal
 from engine.sampling.fused_update import update_for
 from engine.sampling.graph_slots import GraphSlots
-from engine.sampling.slots import Request, Slots, Step
+from engine.sampling.slot_batch import SlotBatch
+from engine.sampling.slots import Slots
 
 _IDLE_KEPT = 4
-
-
-class SlotBatch(Protocol):
-    """What Slots and GraphSlots share; see Slots."""
-
-    @property
-    def free(self) -> list[int]: ...
-
-    @property
-    def is_empty(self) -> bool: ...
-
-    def enter(self, slot: int, request: Request) -> None: ...
-
-    def step(self) -> list[Step]: ...
 
 
 class SlotPool:
@@ -40,26 +27,18 @@ class SlotPool:
     def __init__(self, backend: Backend, make_device: Callable[[], Device] = cuda_device) -> None:
         self._backend, self._make_device = backend, make_device
         self._device: Device | None = None
-        self._idle: dict[tuple[int, Any, Interval], GraphSlots] = {}
+        self._idle: dict[tuple[int, bool, Any], GraphSlots] = {}
 
     @contextmanager
-    def borrow(
-        self, first: Sequence[Request], guidance: ClassifierGuidance | None, noise: NoiseSource, batch_size: int
-    ) -> Iterator[SlotBatch]:
-        """Empty slots for a run that begins with these requests.
-
-        batch_size: the largest batch of the network; with classifier-free guidance a slot takes two places in it.
-        """
-        guide = None if guidance is None else guidance.guide
+    def borrow(self, capacity: int, guide: Guide | None, noise: NoiseSource, batch_size: int) -> Iterator[SlotBatch]:
+        """Empty slots for a run. batch_size: the largest batch of the network; there are no more slots than that."""
+        capacity = min(capacity, batch_size)
         if not self._is_on_device(guide, noise):
-            yield Slots(self._backend, batch_size, guidance, noise)
+            yield Slots(self._backend, capacity, guide, noise, batch_size=batch_size)
             return
-        places = 2 if any(r.cfg is not None and r.cfg.is_active for r in first) else 1
-        capacity = max(1, min(batch_size // places, len(first)))
-        interval = EVERYWHERE if guidance is None else guidance.interval
         # Two runs at a time never share slots: they are taken out while they are used.
-        key = (capacity, guide, interval)
-        slots = self._idle.pop(key, None) or self._make(capacity, guide, interval)
+        key = (capacity, 2 * capacity > batch_size, guide)
+        slots = self._idle.pop(key, None) or self._make(capacity, guide, batch_size)
         try:
             yield slots
         finally:
@@ -75,9 +54,9 @@ class SlotPool:
     def _is_on_device(self, guide: Any, noise: NoiseSource) -> bool:
         return noise is normal and is_capturable(self._backend) and (guide is None or is_capturable(guide))
 
-    def _make(self, capacity: int, guide: Any, interval: Interval) -> GraphSlots:
+    def _make(self, capacity: int, guide: Any, batch_size: int) -> GraphSlots:
         if self._device is None:
             self._device = self._make_device()
         network: Any = self._backend
         update = update_for(network.device)
-        return GraphSlots(self._device, self._backend.manifest, network, capacity, guide, interval, update)
+        return GraphSlots(self._device, self._backend.manifest, network, capacity, guide, update, batch_size)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Unpack
+from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,36 +17,30 @@ from torch import Tensor
 from engine.backends.protocol import Backend
 from engine.backends.registry import open_backend, open_guide
 from engine.bundle.folder import Bundle
-from engine.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance
+from engine.diffusion.guidance import ClassifierGuidance, Guide
+from engine.diffusion.ladder import Steps
 from engine.diffusion.noise import NOISE, NoiseSource, normal
-from engine.diffusion.prediction import Diffusion, Variance
 from engine.diffusion.repaint import with_jumps
-from engine.diffusion.solvers import (
-    Steps,
-    StepTable,
-    ddim_inversion_table,
-    ddim_table,
-    ddpm_table,
-    dpmpp_table,
-    plms_table,
-    starting_level,
-)
+from engine.diffusion.solvers import StepTable, ddim_inversion_table, ddim_table, for_plus_plus, starting_level
 from engine.errors import RequestError
-from engine.networks.inputs import Conditions
+from engine.networks.inputs import join_conditions
 from engine.sampling.likelihood import variational_bound
-from engine.sampling.options import Options, Plan, Preview, Progress, deterministic, great_circle, previews
+from engine.sampling.options import SamplingOptions, changed_options, refuse
 from engine.sampling.pool import SlotPool
-from engine.sampling.requests import Labels, make_requests, resize_condition
-from engine.sampling.slots import Request, Slots, Step, label_tensor
-
-__all__ = ["Labels", "Request", "Sampler", "Slots", "Step", "resize_condition"]
+from engine.sampling.requests import Request, check_classifier, images_at_a_time, make_requests, unlabelled
+from engine.sampling.results import Preview, Progress, previews
+from engine.sampling.slot_batch import SlotBatch, Step
+from engine.sampling.starts import great_circle, noised
 
 
 class Sampler:
     """Images from a bundle: opens a backend once and runs requests through its slots.
 
     backend: what runs the network; Sampler.open opens one. bundle: where it came from, for its classifier. threads: CPU
-    threads of that classifier, None for all cores.
+    threads of that classifier, None for all cores. In a `with` block a sampler is closed at its end.
+
+    Every verb takes options, a SamplingOptions (None for the defaults), and changes, single fields of it by name that
+    go before those of options: sample(4, options, seed=7).
     """
 
     def __init__(self, backend: Backend, bundle: Bundle | None = None, threads: int | None = None) -> None:
@@ -69,6 +65,14 @@ class Sampler:
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         return cls(open_backend(opened, backend, precision, threads), opened, threads)
 
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def classifier_guidance(self, scale: float = 1.0) -> ClassifierGuidance:
         """Guidance of strength scale by the bundle's own classifier, whose gradient was exported as a graph.
 
@@ -81,106 +85,112 @@ class Sampler:
         return ClassifierGuidance(guide, scale)
 
     def close(self) -> None:
-        """Release the backend."""
+        """Release the backend; the sampler cannot be used afterwards."""
         self._pool.close()
         self.backend.close()
 
-    def sample(self, n: int, **options: Unpack[Options]) -> Tensor:
+    def sample(self, n: int, options: SamplingOptions | None = None, **changes: Any) -> Tensor:
         """n images, float32 [n, C, H, W] in [-1, 1].
 
-        steps: how many (50), or a respacing string such as "10,10,10" or "ddim50". sampler: "ddim" (with eta),
-        "dpmpp", "plms" or "ddpm" (with variance, the checkpoint's own unless given). labels: one class for all, or
-        [n]; None draws one from each seed. seed: image i has seed + i; seeds: [n] instead. guidance: by a classifier.
-        cfg_scale: of classifier-free guidance, out = without_label + cfg_scale (with_label - without_label), 1 for
-        none; or a ClassifierFreeGuidance. cond: [n, Cc, h, w], resized bilinearly where it is smaller than the image.
-        noise: a source to use instead of Philox, e.g. engine.diffusion.noise.RecordedNoise. batch_size: images in
-        progress at a time (16); it never changes an image. Raises RequestError.
+        Raises RequestError for an unknown option, and for one that does not fit the network.
         """
-        return self._finish(self._plan(n, **options))
+        return self._finish(self._made(n, changed_options(options, changes)))
 
-    def stream(self, n: int, **options: Unpack[Options]) -> Iterator[Preview]:
+    def stream(self, n: int, options: SamplingOptions | None = None, **changes: Any) -> Iterator[Preview]:
         """What sample(n) makes, step by step: after each step of each image its x0 so far, and at the end the image.
 
         Images come as their slots do: up to batch_size in turn. Bad options raise RequestError at the call.
         """
-        return previews(self._run(self._plan(n, **options)))
+        return previews(self._steps(self._made(n, changed_options(options, changes))))
 
-    def progressive(self, n: int, **options: Unpack[Options]) -> Progress:
-        """Every step of n images: x after the step and the x0 it went by, each [n, steps, C, H, W] float32."""
-        plan = self._plan(n, **options)
-        shape = (n, len(plan.requests[0].table), *self._shape)
+    def progressive(self, n: int, options: SamplingOptions | None = None, **changes: Any) -> Progress:
+        """Every step of n images: x after the step and the x0 it went by, each [n, steps, C, H, W] float32.
+
+        Options and errors are those of sample().
+        """
+        made = self._made(n, changed_options(options, changes))
+        shape = (n, len(made.requests[0].table), *self._shape)
         progress, taken = Progress(torch.empty(shape), torch.empty(shape)), [0] * n
-        for step in self._run(plan):
+        for step in self._steps(made):
             image = step.request.index
             progress.x[image, taken[image]], progress.x0[image, taken[image]] = step.x_prev, step.x0
             taken[image] += 1
         return progress
 
-    def interpolate(self, first_seed: int, second_seed: int, n: int, **options: Unpack[Options]) -> Tensor:
-        """n images from that of first_seed to that of second_seed, both included, [n, C, H, W]; n is 2 or more.
+    def interpolate(
+        self, first_seed: int, second_seed: int, n: int, options: SamplingOptions | None = None, **changes: Any
+    ) -> Tensor:
+        """n images from that of first_seed to that of second_seed, both included, float32 [n, C, H, W] in [-1, 1].
 
-        The start noises lie on a great circle, at equal angles: Song et al., DDIM (2021), appendix D.5. labels, where
-        None, are drawn from the first seed. Raises RequestError for a sampler that adds noise.
+        n is 2 or more. The start noises lie on a great circle, at equal angles: Song et al., DDIM (2021), appendix D.5.
+        labels, where None, are drawn from the first seed. Raises RequestError for a sampler that adds noise.
         """
         if n < 2:
             raise RequestError(f"n is {n}; expected 2 or more images to interpolate")
-        if options.get("seed") is not None or options.get("seeds") is not None:
-            raise RequestError("interpolate has its two seeds; leave seed and seeds out")
-        plan = self._plan(n, **(options | {"seeds": [first_seed] * n}))
-        if plan.requests[0].table.S.any():
+        given = changed_options(options, changes)
+        refuse(given, ("seed", "seeds"), "interpolate has its two seeds; leave seed and seeds out")
+        made = self._made(n, dataclasses.replace(given, seeds=[first_seed] * n))
+        if made.requests[0].table.S.any():
             raise RequestError("images between two seeds need a sampler without noise: ddim with eta 0, dpmpp or plms")
-        ends = torch.from_numpy(plan.noise([first_seed, second_seed], [0, 0], self._shape, NOISE))
+        ends = torch.from_numpy(given.noise([first_seed, second_seed], [0, 0], self._shape, NOISE))
         weights = torch.linspace(0, 1, n, dtype=torch.float64).tolist()
-        return self._finish(plan.starting_at([great_circle(ends[0], ends[1], w) for w in weights]))
+        return self._finish(made.starting_at([great_circle(ends[0], ends[1], w) for w in weights]))
 
-    def encode(self, images: Tensor, **options: Unpack[Options]) -> Tensor:
+    def encode(self, images: Tensor, options: SamplingOptions | None = None, **changes: Any) -> Tensor:
         """The noise [n, C, H, W] float32 that decode() turns into these images, by DDIM inversion with eta 0.
 
         images: [n, C, H, W] in [-1, 1]. labels: as decode() is to use them; None is the null class, and an error
-        where the network has labels but no null class. Of the options steps, labels, guidance, cfg_scale, cond and
-        batch_size apply. Song et al., DDIM (2021), section 4.3. Raises RequestError.
+        where the network has labels but no null class. Song et al., DDIM (2021), section 4.3. Raises RequestError.
         """
         starts = self._images(images)
-        plan = self._plan(len(starts), **self._unlabelled(deterministic(options, "encode")))
-        diffusion = self._diffusion(_is_plus_plus(options.get("cfg_scale", 1.0)))
-        table = ddim_inversion_table(diffusion, options.get("steps", 50))
-        requests = [dataclasses.replace(r, table=table) for r in plan.requests]
-        return self._raw(dataclasses.replace(plan, requests=requests).starting_at(starts))
+        given = self._deterministic(changed_options(options, changes), "encode")
+        diffusion = for_plus_plus(self.diffusion) if given.free_guidance.plus_plus else self.diffusion
+        made = self._made(len(starts), given)
+        return self._raw(made.along(ddim_inversion_table(diffusion, given.steps)).starting_at(starts))
 
-    def decode(self, x_T: Tensor, **options: Unpack[Options]) -> Tensor:
+    def decode(self, x_T: Tensor, options: SamplingOptions | None = None, **changes: Any) -> Tensor:
         """Images [n, C, H, W] in [-1, 1] of start noise x_T [n, C, H, W], by DDIM with eta 0; see encode()."""
         starts = self._images(x_T, is_noise=True)
-        plan = self._plan(len(starts), **self._unlabelled(deterministic(options, "decode")))
-        return self._finish(plan.starting_at(starts))
+        given = self._deterministic(changed_options(options, changes), "decode")
+        return self._finish(self._made(len(starts), given).starting_at(starts))
 
-    def img2img(self, images: Tensor, strength: float = 0.5, **options: Unpack[Options]) -> Tensor:
+    def img2img(
+        self, images: Tensor, strength: float = 0.5, options: SamplingOptions | None = None, **changes: Any
+    ) -> Tensor:
         """Variations of images [n, C, H, W] in [-1, 1]: noised part of the way, then denoised; Meng et al., SDEdit.
 
-        strength: share of the steps that is run, in (0, 1], at least one. The noise is draw 0 of each seed. Raises
-        RequestError.
+        strength: share of the steps that is run, in (0, 1], at least one. The noise is draw 0 of each seed. Returns
+        float32 [n, C, H, W] in [-1, 1]. Raises RequestError.
         """
         known = self._images(images)
         if not 0 < strength <= 1:
             raise RequestError(f"strength is {strength}; expected a number above 0, at most 1")
-        plan = self._plan(len(known), **options)
-        whole = plan.requests[0].table
+        given = changed_options(options, changes)
+        made = self._made(len(known), given)
+        whole = made.requests[0].table
         table = whole.last(max(1, round(strength * len(whole))))
-        abar = starting_level(self.diffusion, table)
-        seeds = [r.seed for r in plan.requests]
-        z = torch.from_numpy(plan.noise(seeds, [0] * len(seeds), self._shape, NOISE))
-        requests = [dataclasses.replace(r, table=table) for r in plan.requests]
-        starts = math.sqrt(abar) * known + math.sqrt(1 - abar) * z
-        return self._finish(dataclasses.replace(plan, requests=requests).starting_at(starts))
+        seeds = [request.seed for request in made.requests]
+        z = torch.from_numpy(given.noise(seeds, [0] * len(seeds), self._shape, NOISE))
+        starts = noised(known, starting_level(self.diffusion, table), z)
+        return self._finish(made.along(table).starting_at(starts))
 
     def inpaint(
-        self, images: Tensor, mask: Tensor, *, jump_length: int = 1, resamplings: int = 1, **options: Unpack[Options]
+        self,
+        images: Tensor,
+        mask: Tensor,
+        options: SamplingOptions | None = None,
+        *,
+        jump_length: int = 1,
+        resamplings: int = 1,
+        **changes: Any,
     ) -> Tensor:
         """images [n, C, H, W] in [-1, 1] with the part where mask is 1 made anew, to fit the rest.
 
         mask: [H, W], [C, H, W], or [n, 1 or C, H, W] of numbers from 0 (kept) to 1 (made). Lugmayr et al., RePaint
         (2022), eq. 8: after every step the kept part is the image, noised to that step's level. resamplings: how often
         each stretch of jump_length steps is done, with noise put back between (algorithm 1; 10 of length 10 in the
-        paper); 1 does it once. Raises RequestError, also for resamplings with a learned variance or with dpmpp or plms.
+        paper); 1 does it once. Returns float32 [n, C, H, W] in [-1, 1]. Raises RequestError, also for resamplings with
+        a learned variance or with dpmpp or plms.
         """
         known = self._images(images)
         try:
@@ -189,119 +199,87 @@ class Sampler:
             raise RequestError(f"mask has shape {tuple(mask.shape)}; expected one for {tuple(known.shape)}") from error
         if not bool(((whole >= 0) & (whole <= 1)).all()):
             raise RequestError("mask holds values outside 0 (kept) to 1 (made)")
-        plan = self._plan(len(known), **options)
-        table = with_jumps(self.diffusion, plan.requests[0].table, jump_length, resamplings)
+        made = self._made(len(known), changed_options(options, changes))
+        table = with_jumps(self.diffusion, made.requests[0].table, jump_length, resamplings)
         requests = [
-            dataclasses.replace(r, table=table, known=known[r.index], mask=whole[r.index]) for r in plan.requests
+            dataclasses.replace(r, table=table, known=known[r.index], mask=whole[r.index]) for r in made.requests
         ]
-        return self._finish(dataclasses.replace(plan, requests=requests))
+        return self._finish(dataclasses.replace(made, requests=requests))
 
     def nll(
-        self, images: Tensor, *, steps: Steps | None = None, labels: Labels | None = None, cond: Tensor | None = None,
-        seed: int = 0, batch_size: int = 16,
-    ) -> Tensor:  # fmt: skip
+        self, images: Tensor, options: SamplingOptions | None = None, *, steps: Steps | None = None, **changes: Any
+    ) -> Tensor:
         """The variational bound of images [n, C, H, W] in [-1, 1] in bits per dimension, [n]; lower is likelier.
 
-        steps: all of training's unless given. labels: None is the null class. cond: as in sample(). batch_size: images
-        of one call of the network. The noise of image i is that of seed
-        seed + i. Improved DDPM (2021), eq. 4 to 7, as OpenAI's code evaluates it. Raises RequestError.
+        steps: all of training's unless given here, whatever the options say about a sampler. labels: None is the null
+        class. Of the options labels, seed, seeds, image, noise and batch_size apply. Improved DDPM (2021), eq. 4 to 7,
+        as OpenAI's code evaluates it. Raises RequestError.
         """
         x0 = self._images(images)
-        self._check_run(None, batch_size)
         if self.config.self_condition:
             raise RequestError("the bound takes each step by itself; this network is given the x0 of the step before")
-        table = ddim_table(self.diffusion, 1)
-        given = self._unlabelled({"labels": labels})["labels"]
-        made = self.requests(len(x0), table, given, seed, cond=cond)
+        given = unlabelled(self.config, changed_options(options, changes))
+        unused = ("sampler", "eta", "variance", "guidance", "guidance_scale")
+        refuse(given, unused, f"the bound belongs to the network alone; leave {', '.join(unused)} out")
+        made = make_requests(self.config, len(x0), ddim_table(self.diffusion, 1), given)
         totals = []
-        for first in range(0, len(made), batch_size):
-            part = made[first : first + batch_size]
-            label = label_tensor(self.config, part)
-            conds = torch.stack([r.cond for r in part if r.cond is not None]) if cond is not None else None
+        for first in range(0, len(made), given.batch_size):
+            part = made[first : first + given.batch_size]
             terms = variational_bound(
                 self.backend,
-                x0[first : first + batch_size],
+                x0[first : first + given.batch_size],
                 len(self.diffusion.schedule) if steps is None else steps,
-                conditions=Conditions(label, conds),
+                conditions=join_conditions([request.conditions for request in part]),
                 seeds=[r.seed for r in part],
+                noise=given.noise,
             )
             totals.append(terms.total)
         return torch.cat(totals)
 
-    def table(
-        self,
-        steps: Steps,
-        sampler: str,
-        eta: float = 0.0,
-        variance: Variance | None = None,
-        plus_plus: bool = False,
-    ) -> StepTable:
-        """The table of a named sampler on this checkpoint's schedule; raises RequestError for an unknown name.
+    def table(self, options: SamplingOptions | None = None, **changes: Any) -> StepTable:
+        """The table of the options' sampler on this checkpoint's schedule.
 
-        steps, eta, variance: as in sample(). plus_plus: for classifier-free guidance in the form of CFG++, which is one
-        of ddim.
+        steps, sampler, eta, variance and the plus_plus of guidance_scale apply. Raises RequestError.
         """
-        if plus_plus and sampler != "ddim":
-            raise RequestError(f"CFG++ goes along the unlabelled eps, which {sampler} does not; use ddim")
-        if sampler == "ddpm":
-            if eta:
-                raise RequestError("eta belongs to ddim; ddpm has its own variance")
-            return ddpm_table(self.diffusion, steps, variance)
-        if sampler == "ddim":
-            if variance is not None:
-                raise RequestError("variance belongs to ddpm; the noise of ddim is set by eta")
-            return ddim_table(self._diffusion(plus_plus), steps, eta)
-        if sampler in ("dpmpp", "plms"):
-            if eta or variance is not None:
-                raise RequestError(f"{sampler} adds no noise; leave eta and variance out")
-            return (dpmpp_table if sampler == "dpmpp" else plms_table)(self.diffusion, steps)
-        raise RequestError(f"unknown sampler {sampler!r}; known: ddim, ddpm, dpmpp, plms")
+        return changed_options(options, changes).table(self.diffusion)
 
     def requests(
-        self,
-        n: int,
-        table: StepTable,
-        labels: Labels | None = None,
-        seed: int = 0,
-        seeds: Sequence[int] | None = None,
-        guidance: ClassifierGuidance | None = None,
-        cond: Tensor | None = None,
-        cfg_scale: float | ClassifierFreeGuidance = 1.0,
+        self, n: int, options: SamplingOptions | None = None, *, table: StepTable | None = None, **changes: Any
     ) -> list[Request]:
-        """The n requests of sample(), checked: labels, seed, seeds, guidance, cond and cfg_scale are as there.
+        """The n requests of sample(n), checked against the network, for run() or for slots().
 
-        table: of coefficients, of table() or one's own.
+        table: of coefficients, one's own instead of that of the options. Raises RequestError.
         """
-        return make_requests(
-            self.config,
-            n,
-            table,
-            labels=labels,
-            seed=seed,
-            seeds=seeds,
-            guidance=guidance,
-            cond=cond,
-            cfg_scale=cfg_scale,
-        )
+        given = changed_options(options, changes)
+        if table is not None:
+            ignored = [name for name in ("steps", "sampler", "eta", "variance") if name in changes]
+            if ignored:
+                raise RequestError(f"a table says which steps are taken; leave {', '.join(ignored)} or table out")
+        return make_requests(self.config, n, given.table(self.diffusion) if table is None else table, given)
 
     def run(
         self,
         requests: Iterable[Request],
-        guidance: ClassifierGuidance | None = None,
+        guide: Guide | None = None,
         noise: NoiseSource = normal,
         batch_size: int = 16,
     ) -> Iterator[Step]:
         """Every step of every request, as they happen; a finished image's slot goes to the next request.
 
-        On a GPU a step whose image is not finished must be read, if at all, before the next is asked for (see Step).
-        requests: as many as are wanted, taken when a slot is free. guidance: the classifier of all that have a scale.
-        noise: where normals come from. batch_size: the largest batch of the network.
+        requests: as many as are wanted. guide: the classifier of requests with guidance, options.guide. noise and
+        batch_size: as in SamplingOptions. There are as many slots as one call of the network can step, as the first
+        batch_size requests need it; later ones are taken when a slot is free for them, no earlier. On a GPU a step
+        whose image is not finished must be read, if at all, before the next is asked for (see Step). Raises
+        RequestError for a request or a guide that does not fit the network.
         """
-        self._check_run(guidance, batch_size)
+        if batch_size < 1:
+            raise RequestError(f"batch_size is {batch_size}; expected 1 or more")
+        self._check_guide(guide)
         waiting = iter(requests)
         first = list(islice(waiting, batch_size))
         waiting = chain(first, waiting)
-        with self._pool.borrow(first, guidance, noise, batch_size) as slots:
+        capacity = max(1, min(len(first), images_at_a_time(first, batch_size)))
+        with self._pool.borrow(capacity, guide, noise, batch_size) as slots:
             while True:
                 for slot in slots.free:
                     request = next(waiting, None)
@@ -312,49 +290,53 @@ class Sampler:
                     return
                 yield from slots.step()
 
+    def slots(
+        self,
+        capacity: int,
+        guide: Guide | None = None,
+        noise: NoiseSource = normal,
+        batch_size: int | None = None,
+    ) -> AbstractContextManager[SlotBatch]:
+        """Empty slots for images of many callers, who enter, step and leave them as they like; see SlotBatch.
+
+        To be used in a `with` block, at whose end the images in progress are dropped. capacity: images in progress.
+        guide: the classifier of requests with guidance, None where there are none such. noise: as in SamplingOptions.
+        batch_size: the network's largest batch, `capacity` or more; None for twice the capacity, so that
+        classifier-free guidance takes one call a step. Requests are made by requests(). Raises RequestError.
+        """
+        if capacity < 1:
+            raise RequestError(f"capacity is {capacity}; expected 1 or more slots")
+        if batch_size is not None and batch_size < capacity:
+            raise RequestError(f"batch_size is {batch_size}; expected {capacity} or more, for one call steps all slots")
+        self._check_guide(guide)
+        return self._pool.borrow(capacity, guide, noise, 2 * capacity if batch_size is None else batch_size)
+
     @property
     def _shape(self) -> tuple[int, int, int]:
         return (self.config.in_channels, *self.config.image_size)
 
-    def _diffusion(self, plus_plus: bool) -> Diffusion:
-        """The checkpoint's, for CFG++ with steps along an eps of their own."""
-        return dataclasses.replace(self.diffusion, keeps_eps=True) if plus_plus else self.diffusion
+    def _check_guide(self, guide: Guide | None) -> None:
+        if guide is not None:
+            check_classifier(self.config, guide.config)
 
-    def _plan(
-        self,
-        n: int,
-        *,
-        steps: Steps = 50,
-        sampler: str = "ddim",
-        eta: float = 0.0,
-        variance: Variance | None = None,
-        labels: Labels | None = None,
-        seed: int = 0,
-        seeds: Sequence[int] | None = None,
-        guidance: ClassifierGuidance | None = None,
-        cfg_scale: float | ClassifierFreeGuidance = 1.0,
-        cond: Tensor | None = None,
-        noise: NoiseSource = normal,
-        batch_size: int = 16,
-    ) -> Plan:
-        table = self.table(steps, sampler, eta, variance, _is_plus_plus(cfg_scale))
-        requests = self.requests(n, table, labels, seed, seeds, guidance, cond, cfg_scale)
-        self._check_run(guidance, batch_size)
-        return Plan(requests, guidance, noise, batch_size)
+    def _made(self, n: int, options: SamplingOptions) -> _Run:
+        """The requests of a verb, with the options that they are run with."""
+        return _Run(make_requests(self.config, n, options.table(self.diffusion), options), options)
 
-    def _run(self, plan: Plan) -> Iterator[Step]:
-        return self.run(plan.requests, plan.guidance, plan.noise, plan.batch_size)
+    def _steps(self, made: _Run) -> Iterator[Step]:
+        options = made.options
+        return self.run(made.requests, options.guide, options.noise, options.batch_size)
 
-    def _raw(self, plan: Plan) -> Tensor:
+    def _raw(self, made: _Run) -> Tensor:
         """The last x of every request, [n, C, H, W]."""
-        images = torch.empty(len(plan.requests), *self._shape)
-        for step in self._run(plan):
+        images = torch.empty(len(made.requests), *self._shape)
+        for step in self._steps(made):
             if step.is_last:
                 images[step.request.index] = step.x_prev
         return images
 
-    def _finish(self, plan: Plan) -> Tensor:
-        return self._raw(plan).clamp(-1, 1)
+    def _finish(self, made: _Run) -> Tensor:
+        return self._raw(made).clamp(-1, 1)
 
     def _images(self, images: Tensor, is_noise: bool = False) -> Tensor:
         what = "noise" if is_noise else "images"
@@ -369,28 +351,24 @@ class Sampler:
             raise RequestError(f"images reach {float(images.abs().max()):.4g}; expected values in [-1, 1]")
         return images.float()
 
-    def _unlabelled(self, options: Options) -> Options:
-        """Options in which no label is the null class, rather than one drawn from a seed."""
-        if options.get("labels") is not None or self.config.num_classes is None:
-            return options
-        if self.config.null_class is None:
-            raise RequestError("this network needs labels, and none of them means none; pass labels")
-        return options | {"labels": self.config.null_class}
-
-    def _check_run(self, guidance: ClassifierGuidance | None, batch_size: int) -> None:
-        if batch_size < 1:
-            raise RequestError(f"batch_size is {batch_size}; expected 1 or more")
-        if guidance is not None:
-            self._check_guide(guidance)
-
-    def _check_guide(self, guidance: ClassifierGuidance) -> None:
-        config = guidance.guide.config
-        if (config.in_channels, config.image_size) != (self.config.in_channels, self.config.image_size):
-            raise RequestError(
-                f"the classifier reads {config.in_channels} channels of {config.image_size}, the network makes "
-                f"{self.config.in_channels} of {self.config.image_size}; use the classifier trained for it"
-            )
+    def _deterministic(self, options: SamplingOptions, verb: str) -> SamplingOptions:
+        """The options of DDIM with eta 0, where no label is the null class."""
+        refuse(options, ("sampler", "eta"), f"{verb} is DDIM with eta 0; leave sampler and eta out")
+        return unlabelled(self.config, options)
 
 
-def _is_plus_plus(cfg: float | ClassifierFreeGuidance) -> bool:
-    return isinstance(cfg, ClassifierFreeGuidance) and cfg.plus_plus
+@dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """Requests, and the options that they are run with."""
+
+    requests: list[Request]
+    options: SamplingOptions
+
+    def along(self, table: StepTable) -> _Run:
+        """The same by another table."""
+        return dataclasses.replace(self, requests=[dataclasses.replace(r, table=table) for r in self.requests])
+
+    def starting_at(self, starts: Iterable[Tensor]) -> _Run:
+        """The same with these [C, H, W] instead of the first noise."""
+        requests = [dataclasses.replace(r, x_start=x) for r, x in zip(self.requests, starts, strict=True)]
+        return dataclasses.replace(self, requests=requests)

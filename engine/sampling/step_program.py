@@ -1,6 +1,6 @@
 """One guided step of all slots as work that is only enqueued: network, gradient, guidance, update.
 
-inputs      x_t, timestep (the row's), label and condition into the network's buffers, twice where it is doubled
+inputs      x_t, timestep (the row's) and conditions into the network's buffers, both halves where it is doubled
 gradient    the classifier's, on a stream of its own beside the network
 network     the U-Net, on the main stream
 update      kernels.reference.solver_update with each slot's row and Philox noise; row = min(row + 1, last)
@@ -8,7 +8,7 @@ update      kernels.reference.solver_update with each slot's row and Philox nois
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,32 +17,32 @@ from torch import Tensor
 
 from engine.backends.protocol import Bound, Capturable
 from engine.device import Device
-from engine.diffusion.guidance import guided_outs
 from engine.diffusion.noise import INPAINTING, NOISE
 from engine.diffusion.prediction import Prediction
-from engine.diffusion.solvers import COLUMNS
 from engine.networks.config import UNetConfig
 from engine.sampling.device_state import SlotState
+from engine.sampling.step import TIMESTEP, coefficients, guided_out, implied_out, pushed
 from kernels.philox import philox_normal
-from kernels.reference import Coefficients, Known, limit_x0, solver_update
-
-_TIMESTEP, _PUSH = COLUMNS.index("timestep"), COLUMNS.index("push")
-_COEFFICIENTS = tuple(name for name in COLUMNS if name in Coefficients.__dataclass_fields__)
+from kernels.reference import Known, solver_update
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
     """What a step does, as the images in the slots need it at their rows.
 
-    gradient: calls the classifier. doubled: the network also runs without labels, for classifier-free guidance.
-    noise: some table adds noise. extras: some image has a dynamic threshold, a known part, multistep rows, or
-    classifier-free guidance with more than a scale.
+    gradient: calls the classifier. doubled: the network also runs on the other half of the conditions, for
+    classifier-free guidance. beyond_scale: that guidance does more than scale. noise: some table adds noise.
+    thresholds: some table has a dynamic threshold. multistep: some table takes outs of rows before. known: some image
+    has a part that is given.
     """
 
     gradient: bool = False
     doubled: bool = False
+    beyond_scale: bool = False
     noise: bool = False
-    extras: bool = False
+    thresholds: bool = False
+    multistep: bool = False
+    known: bool = False
 
 
 class Update(Protocol):
@@ -58,32 +58,23 @@ class Update(Protocol):
 def torch_update(state: SlotState, out: Tensor, grad: Tensor | None, raw_out: Tensor | None, variant: Variant) -> None:
     """The Update in plain torch, on any device: the reference itself."""
     rows = state.arena.index_select(0, state.row)
-    row = _coefficients(rows, variant)
     x_prev, x0 = solver_update(
-        row,
+        coefficients(rows, variant.thresholds),
         state.x_t,
         out,
         x0_before=state.x0,
         grad=grad,
         noise=_draw(state, NOISE) if variant.noise else None,
-        known=Known(state.known, state.mask, _draw(state, INPAINTING)) if variant.extras else None,
-        older=state.older if variant.extras else None,
+        known=Known(state.known, state.mask, _draw(state, INPAINTING)) if variant.known else None,
+        older=state.older if variant.multistep else None,
         raw_out=raw_out,
     )
-    if variant.extras:
-        newest = torch.cat([out[None, :, : state.x_t.shape[1]], state.older[:-1]])
-        pushes = rows[None, :, _PUSH, None, None, None] != 0
-        state.older.copy_(torch.where(pushes, newest, state.older))
+    if variant.multistep:
+        state.older.copy_(pushed(state.older, out, rows))
     state.x_t.copy_(x_prev)
     state.x0.copy_(x0)
     state.row.copy_(torch.minimum(state.row + 1, state.last))
     state.draw.add_(1)
-
-
-def _coefficients(rows: Tensor, variant: Variant) -> Coefficients:
-    columns = rows[:, :, None, None, None]
-    values = {name: columns[:, COLUMNS.index(name)] for name in _COEFFICIENTS}
-    return Coefficients(**values if variant.extras else values | {"percentile": None})
 
 
 def _draw(state: SlotState, stream: int) -> Tensor:
@@ -93,17 +84,21 @@ def _draw(state: SlotState, stream: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Call:
-    """A network with the buffers that it was bound to; copies is 2 where it is doubled."""
+    """A network with the buffers that it was bound to.
+
+    halves: of the conditions, one after the other in the batch: 0 with, 1 without.
+    """
 
     bound: Bound
     buffers: Mapping[str, Tensor]
-    copies: int
+    halves: tuple[int, ...] = (0,)
 
 
 class StepProgram:
     """Enqueues one step of every slot. Buffers are allocated and networks bound by prepare(), never by a step.
 
-    network: a Capturable backend. guide: a Capturable gradient, or None.
+    network: a Capturable backend. guide: a Capturable gradient, or None. batch_size: the network's largest batch, as
+    many as there are slots or more; where a doubled batch is larger, its halves are run one after the other.
     """
 
     def __init__(
@@ -115,39 +110,44 @@ class StepProgram:
         network: Capturable,
         guide: Capturable | None = None,
         update: Update = torch_update,
+        batch_size: int | None = None,
     ) -> None:
         self._device, self._state, self._config, self._prediction = device, state, config, prediction
         self._network, self._guide, self._update = network, guide, update
-        self._calls: dict[bool, _Call] = {}
+        self._is_split = batch_size is not None and 2 * state.capacity > batch_size
+        self._bound: dict[tuple[int, ...], _Call] = {}
         self._gradient: _Call | None = None
         self._side = device.stream() if guide is not None else None
         self._fork, self._join = device.event(), device.event()
 
     def prepare(self, variant: Variant) -> None:
         """Allocate and bind what a variant needs and is not there yet."""
-        if variant.doubled not in self._calls:
-            self._calls[variant.doubled] = self._bind_network(2 if variant.doubled else 1)
+        for halves in self._halves(variant):
+            if halves not in self._bound:
+                self._bound[halves] = self._bind_network(halves)
         if variant.gradient and self._gradient is None:
             assert self._guide is not None
             self._gradient = self._bind_guide(self._guide)
 
     def check_capturable(self, variant: Variant) -> None:
         """Raises BackendError where a step cannot be captured."""
-        self._calls[variant.doubled].bound.check_capturable(self._device.main)
+        for halves in self._halves(variant):
+            self._bound[halves].bound.check_capturable(self._device.main)
         if variant.gradient and self._gradient is not None and self._side is not None:
             self._gradient.bound.check_capturable(self._side)
 
     def enqueue(self, variant: Variant) -> None:
         """One step of all slots, on the device's main stream."""
         with self._device.use(self._device.main), torch.no_grad():
-            timestep = self._state.arena[:, _TIMESTEP].index_select(0, self._state.row)
+            timestep = self._state.arena[:, TIMESTEP].index_select(0, self._state.row)
             gradient = self._start_gradient(timestep) if variant.gradient else None
-            call = self._calls[variant.doubled]
-            self._fill(call, timestep)
-            call.bound.enqueue(self._device.main)
+            calls = [self._bound[halves] for halves in self._halves(variant)]
+            for call in calls:
+                self._fill(call, timestep)
+                call.bound.enqueue(self._device.main)
             if gradient is not None:
                 self._device.main.wait_event(self._join)
-            out, raw_out = self._guided(call, variant)
+            out, raw_out = self._guided(calls, variant)
             grad = None if gradient is None else gradient.buffers["grad"][: self._state.capacity]
             self._update(self._state, out, grad, raw_out, variant)
 
@@ -166,79 +166,75 @@ class StepProgram:
         side.record_event(self._join)
         return call
 
+    def _halves(self, variant: Variant) -> tuple[tuple[int, ...], ...]:
+        """The halves of the conditions in each call of the network."""
+        if not variant.doubled:
+            return ((0,),)
+        return ((0,), (1,)) if self._is_split else ((0, 1),)
+
     def _fill(self, call: _Call, timestep: Tensor) -> None:
-        """The slots' inputs into a network's buffers, as often as it has them; what lies beyond stays 0."""
+        """The slots' inputs into a network's buffers, once for each half; what lies beyond stays 0."""
         state, buffers, count = self._state, call.buffers, self._state.capacity
-        cond = state.x0 if self._config.self_condition else state.cond
-        for first in range(0, call.copies * count, count):
-            part = slice(first, first + count)
+        for place, half in enumerate(call.halves):
+            part = slice(place * count, (place + 1) * count)
             buffers["timestep"][part].copy_(timestep)
             if buffers["x_t"] is not state.x_t:
                 buffers["x_t"][part].copy_(state.x_t)
-            if "image" in buffers and cond is not None:
-                buffers["image"][part].copy_(cond)
-        labels = state.class_label if "scale" in buffers else state.label
-        if "label" in buffers:
-            buffers["label"][:count].copy_(labels)
+            for name, values in self._conditions(call).items():
+                buffers[name][part].copy_(values[half])
 
-    def _guided(self, call: _Call, variant: Variant) -> tuple[Tensor, Tensor | None]:
+    def _conditions(self, call: _Call) -> Mapping[str, Tensor]:
+        """[2, B, ...] by name; the classifier's, or the network's."""
+        state = self._state
+        if "scale" in call.buffers:
+            return {"label": state.class_label[None]}
+        if self._config.self_condition:
+            return {**state.conditions, "image": state.x0.expand(2, *state.x0.shape)}
+        return state.conditions
+
+    def _guided(self, calls: Sequence[_Call], variant: Variant) -> tuple[Tensor, Tensor | None]:
         """The network's result after classifier-free guidance, [B, C', H, W], and what E multiplies instead of it."""
         state, count, channels = self._state, self._state.capacity, self._config.in_channels
-        out = call.buffers["out"]
-        labelled = out[:count]
+        labelled = calls[0].buffers["out"][:count]
         if not variant.doubled:
             return labelled, None
-        unlabelled = out[count : 2 * count]
+        unlabelled = calls[1].buffers["out"][:count] if self._is_split else calls[0].buffers["out"][count : 2 * count]
         is_active = state.active[:, 0].index_select(0, state.row) != 0
-        guided = guided_outs(
-            labelled,
-            unlabelled,
-            is_active,
-            state.number("cfg_scale"),
-            (state.number("cfg_rescale"), state.number("cfg_parallel")) if variant.extras else None,
-            channels,
-        )
-        if not variant.extras:
+        numbers = (state.number("rescale"), state.number("removed")) if variant.beyond_scale else None
+        guided = guided_out(labelled, unlabelled, state.number("strength"), numbers, channels)
+        guided = torch.where(is_active[:, None, None, None], guided, labelled)
+        if not variant.beyond_scale:
             return guided, None
-        takes_unlabelled = is_active & (state.number("cfg_plus_plus") != 0)
-        without = self._implied(unlabelled[:, :channels], variant)
-        return guided, torch.where(takes_unlabelled[:, None, None, None], without, guided[:, :channels])
+        row = coefficients(state.arena.index_select(0, state.row), variant.thresholds)
+        without = implied_out(row, state.x_t, unlabelled[:, :channels], self._prediction)
+        goes_along = is_active & (state.number("plus_plus") != 0)
+        return guided, torch.where(goes_along[:, None, None, None], without, guided[:, :channels])
 
-    def _implied(self, out: Tensor, variant: Variant) -> Tensor:
-        """An out [B, C, H, W] with its limited x0 put back into it; CFG++ takes eps from it (see Slots)."""
-        if self._prediction is Prediction.EPS:
-            return out
-        row = _coefficients(self._state.arena.index_select(0, self._state.row), variant)
-        x0 = limit_x0(row.A * self._state.x_t + row.B * out, row.clip, row.percentile)
-        return (x0 - row.A * self._state.x_t) / row.B
-
-    def _bind_network(self, copies: int) -> _Call:
+    def _bind_network(self, halves: tuple[int, ...]) -> _Call:
         config, state = self._config, self._state
-        batch = self._network.fit(copies * state.capacity)
+        batch = self._network.fit(len(halves) * state.capacity)
         shapes: dict[str, tuple[int, ...]] = {"timestep": (batch,)}
-        channels = {"x_t": config.in_channels, "out": config.out_channels}
-        if config.cond_channels:
-            channels["image"] = config.cond_channels
-        shapes |= {name: (batch, number, *config.image_size) for name, number in channels.items()}
-        buffers = self._allocate(shapes, batch, copies)
-        if config.num_classes is not None:
-            buffers["label"] = self._device.allocate((batch, *state.label.shape[1:]), state.label.dtype)
-            if copies == 2:
-                assert config.null_class is not None
-                self._device.copy_in(buffers["label"][state.capacity :], torch.tensor(config.null_class))
-        return _Call(self._network.bind(buffers), buffers, copies)
+        shapes |= {
+            name: (batch, channels, *config.image_size)
+            for name, channels in (("x_t", config.in_channels), ("out", config.out_channels))
+        }
+        if config.self_condition:
+            shapes["image"] = (batch, config.cond_channels, *config.image_size)
+        buffers = self._allocate(shapes, is_shared=len(halves) == 1 and batch == state.capacity)
+        for name, values in state.conditions.items():
+            buffers[name] = self._device.allocate((batch, *values.shape[2:]), values.dtype)
+        return _Call(self._network.bind(buffers), buffers, halves)
 
     def _bind_guide(self, guide: Capturable) -> _Call:
         batch, image = guide.fit(self._state.capacity), tuple(self._state.x_t.shape[1:])
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("timestep", "scale", "log_p"), (batch,))
         shapes |= dict.fromkeys(("x_t", "grad"), (batch, *image))
-        buffers = self._allocate(shapes, batch, 1)
+        buffers = self._allocate(shapes, is_shared=batch == self._state.capacity)
         buffers["label"] = self._device.allocate((batch,), torch.int64)
-        return _Call(guide.bind(buffers), buffers, 1)
+        return _Call(guide.bind(buffers), buffers)
 
-    def _allocate(self, shapes: dict[str, tuple[int, ...]], batch: int, copies: int) -> dict[str, Tensor]:
-        """float32 buffers by name; x_t is the slots' own where the batches are the same."""
-        is_shared = copies == 1 and batch == self._state.capacity
+    def _allocate(self, shapes: dict[str, tuple[int, ...]], is_shared: bool) -> dict[str, Tensor]:
+        """float32 buffers by name; x_t is the slots' own where it is shared, because the batches are the same."""
         own = {name: shape for name, shape in shapes.items() if not (is_shared and name == "x_t")}
         buffers = {name: self._device.allocate(shape, torch.float32) for name, shape in own.items()}
         return buffers | ({"x_t": self._state.x_t} if is_shared else {})

@@ -51,6 +51,7 @@ from engine.errors import BackendError, RequestError
 from engine.files import file_sha256
 from engine.networks.blocks import Norm
 from engine.networks.classifier import AutogradGuide
+from engine.networks.inputs import Conditions
 from engine.sampling.sampler import Sampler
 from recipes.digits_data import load_split
 from recipes.digits_net import digits_unet
@@ -245,15 +246,15 @@ def test_the_loop_makes_our_images(kind, guided, setting):
         wanted = OursContender(sampler, AutogradGuide(classifier)).run(task, open_gate)
     else:
         guidance = ClassifierGuidance(AutogradGuide(classifier), task.scale) if guided else None
-        table = sampler.table(setting.timesteps(diffusion).tolist(), "ddpm")
-        made = sampler.requests(2, table, list(task.classes), seeds=[0, 1], guidance=guidance)
+        table = sampler.table(steps=setting.timesteps(diffusion).tolist(), sampler="ddpm")
+        made = sampler.requests(2, table=table, labels=list(task.classes), seeds=[0, 1], guidance=guidance)
         start = task.start(config, CPU)
         made = [
-            dataclasses.replace(r, label=y, x_start=x)
+            dataclasses.replace(r, conditions=Conditions(torch.tensor([y])), x_start=x)
             for r, y, x in zip(made, task.labels(config) or (), start, strict=True)
         ]
         wanted = torch.empty(2, 1, 8, 8)
-        for step in sampler.run(made, guidance, recorded.source):
+        for step in sampler.run(made, guidance and guidance.guide, recorded.source):
             if step.is_last:
                 wanted[step.request.index] = step.x_prev.clamp(-1, 1)
     gradient = classifier_gradient(classifier, task, CPU) if guided else None

@@ -356,7 +356,7 @@ def test_guided_steps_have_a_gradient():
 def test_vector_labels_are_vectors():
     config = dataclasses.replace(adm_unet(num_classes=3), label=c.LabelInput.VECTOR)
     loop = SlotLoop(Slots(cpu_backend(TINY), 1), config, ddim_table(tiny_manifest(config).diffusion, 2), None)
-    assert len(loop._request(0).label) == config.time_channels
+    assert loop._request(0).conditions.label.shape == (1, config.time_channels)
 
 
 @pytest.mark.parametrize("guided", [False, True])

@@ -460,11 +460,11 @@ def test_sample_command_takes_the_bundles_classifier(made, tmp_path):
         return [path.read_bytes() for path in sorted(out.glob("*.png"))]
 
     file = ("--classifier", made.classifier, "--classifier-fact", "num_head_channels=32")
-    guided = run("--guidance-scale", 30)
+    guided = run("--classifier-scale", 30)
     assert len(guided) == 2
-    assert guided == run("--guidance-scale", 30, *file)
-    assert guided != run("--guidance-scale", 0)
-    assert run(*file) == run("--guidance-scale", 1)
+    assert guided == run("--classifier-scale", 30, *file)
+    assert guided != run("--classifier-scale", 0)
+    assert run(*file) == run("--classifier-scale", 1)
 
 
 @pytest.mark.parametrize(("command", "verb"), [(to_onnx, "export_bundle"), (to_trt, "export_trt_bundle")])

@@ -19,8 +19,10 @@ from engine.diffusion.guidance import ClassifierGuidance
 from engine.diffusion.noise import normal
 from engine.networks.inputs import Conditions, Inputs
 from engine.sampling.graph_slots import GraphSlots
+from engine.sampling.options import SamplingOptions
 from engine.sampling.pool import SlotPool
-from engine.sampling.sampler import Sampler, Slots
+from engine.sampling.sampler import Sampler
+from engine.sampling.slots import Slots
 from kernels.philox import philox_normal
 
 pytestmark = pytest.mark.gpu
@@ -73,13 +75,14 @@ class GradientOnCuda:
 def both(backend: EagerBackend, n: int, batch_size: int = 8, **options: Any) -> tuple[Any, Any, GraphSlots]:
     """Images of the plain slots and of the graphs, and the slots that made the latter."""
     sampler = Sampler(backend)
-    plan = sampler._plan(n, batch_size=batch_size, **options)
-    slots, expected, waiting = Slots(backend, batch_size, plan.guidance), {}, list(plan.requests)
+    chosen = SamplingOptions(batch_size=batch_size, **options)
+    requests = sampler.requests(n, chosen)
+    slots, expected, waiting = Slots(backend, batch_size, chosen.guide), {}, list(requests)
     while waiting or not slots.is_empty:
         for slot in slots.free[: len(waiting)]:
             slots.enter(slot, waiting.pop(0))
         expected |= finished(slots.step())
-    got = finished(sampler.run(plan.requests, plan.guidance, batch_size=batch_size))
+    got = finished(sampler.run(requests, chosen.guide, batch_size=batch_size))
     (used,) = sampler._pool._idle.values()
     return expected, got, used
 
@@ -99,7 +102,7 @@ def test_graphs_make_the_images_of_the_slots(backend, options):
 
 @pytest.mark.parametrize("cfg", CFG.values(), ids=CFG)
 def test_classifier_free_guidance(backend, cfg):
-    expected, got, used = both(backend, 5, steps=8, labels=3, cfg_scale=cfg)
+    expected, got, used = both(backend, 5, steps=8, labels=3, guidance_scale=cfg)
     assert used.captured
     assert_same(expected, got)
 
@@ -120,7 +123,7 @@ def test_refills_while_a_graph_is_replayed(backend):
     for index, (steps, name) in enumerate(
         [(9, "ddim"), (4, "ddpm"), (6, "dpmpp"), (3, "ddim"), (8, "ddpm"), (5, "ddim")]
     ):
-        made = sampler.requests(1, sampler.table(steps, name), labels=index, seed=index)[0]
+        made = sampler.requests(1, table=sampler.table(steps=steps, sampler=name), labels=index, seed=index)[0]
         requests.append(dataclasses.replace(made, index=index))
     got = finished(sampler.run(requests, batch_size=2))
     for request in requests:
@@ -134,7 +137,9 @@ def test_refills_while_a_graph_is_replayed(backend):
 def test_rows_and_noise_on_the_device(backend):
     slots, sampler = slots_of(cuda_device(), backend, 3), Sampler(backend)
     for slot, steps in enumerate((12, 15, 20)):
-        slots.enter(slot, sampler.requests(1, sampler.table(steps, "ddpm"), labels=1, seed=steps)[0])
+        slots.enter(
+            slot, sampler.requests(1, table=sampler.table(steps=steps, sampler="ddpm"), labels=1, seed=steps)[0]
+        )
     for _ in range(10):
         slots.step()
         cuda_device().synchronize()
@@ -148,12 +153,12 @@ def test_rows_and_noise_on_the_device(backend):
 
 def test_memory_does_not_grow_over_200_steps(backend):
     slots, sampler = slots_of(cuda_device(), backend, 4), Sampler(backend)
-    table = sampler.table(20, "ddpm")
+    table = sampler.table(steps=20, sampler="ddpm")
 
     def steps(number: int) -> None:
         for _ in range(number):
             for slot in slots.free:
-                slots.enter(slot, sampler.requests(1, table, labels=1)[0])
+                slots.enter(slot, sampler.requests(1, table=table, labels=1)[0])
             slots.step()
 
     steps(40)

@@ -58,7 +58,7 @@ def test_auto_takes_the_plan(bundle):
     assert open_backend(bundle).name == "trt"
 
 
-@pytest.mark.parametrize("options", [{}, {"sampler": "ddpm"}, {"cfg_scale": 2.0}], ids=["ddim", "ddpm", "cfg"])
+@pytest.mark.parametrize("options", [{}, {"sampler": "ddpm"}, {"guidance_scale": 2.0}], ids=["ddim", "ddpm", "cfg"])
 def test_images_beside_eager(bundle, options):
     given = {"steps": 20, "labels": list(range(10)), "seed": 3} | options
     samplers = [Sampler.open(bundle, name, precision) for name, precision in (("trt", None), ("eager", "fp32"))]

@@ -86,7 +86,7 @@ def test_a_step_is_the_references(config: UNetConfig, noise: bool, gradient: boo
 def test_extras_are_the_references(config: UNetConfig, has_raw: bool) -> None:
     """Dynamic thresholds, outs of rows before, a known part, and another out behind E."""
     ours, expected = random_state(config), random_state(config)
-    variant = Variant(gradient=True, noise=True, extras=True)
+    variant = Variant(gradient=True, noise=True, thresholds=True, multistep=True, known=True)
     for step in range(3):
         out, grad, raw = outputs(config, True, seed=step)
         for update, state in ((fused_update, ours), (torch_update, expected)):
@@ -104,7 +104,7 @@ def test_an_operand_without_coefficient_is_not_read(config: UNetConfig) -> None:
         values.fill_(torch.nan)
     state.mask.fill_(1.0)
     out, grad, raw = (torch.full_like(values, torch.nan) for values in outputs(config, False))
-    fused_update(state, out, grad, raw, Variant(gradient=True, noise=True, extras=True))
+    fused_update(state, out, grad, raw, Variant(gradient=True, noise=True, thresholds=True, multistep=True, known=True))
     assert torch.equal(state.x_t, before)
 
 
@@ -116,7 +116,7 @@ def test_the_quantile_is_exact(config: UNetConfig, percentile: float) -> None:
     state.arena[:8, COLUMNS.index("B")] = 1.0
     out, _, _ = outputs(config, False)
     out[1] = out[1].round()
-    fused_update(state, out, None, None, Variant(extras=True))
+    fused_update(state, out, None, None, Variant(thresholds=True, multistep=True, known=True))
     held = np.float64(np.float32(percentile))
     exact = np.quantile(out.abs().flatten(1).double().cpu().numpy(), held, axis=1)
     np.testing.assert_allclose(state.threshold.cpu().numpy(), exact, rtol=1e-7)
@@ -135,7 +135,7 @@ def test_the_noise_is_the_engines(stream: int) -> None:
     ]
     expected = normal(seeds, state.draw.tolist(), (CHANNELS, 32, 32), stream)
     out, _, _ = outputs(config, False)
-    fused_update(state, out, None, None, Variant(noise=True, extras=stream == INPAINTING))
+    fused_update(state, out, None, None, Variant(noise=True, known=stream == INPAINTING))
     np.testing.assert_allclose(state.x_t.cpu().numpy(), expected, rtol=2e-7, atol=0)
 
 

@@ -120,7 +120,7 @@ def test_batches_of_the_plans():
 
 
 @pytest.mark.parametrize("profiles", [BUCKETS, [(1, 8, 20)]], ids=["buckets", "dynamic"])
-@pytest.mark.parametrize("options", [{}, {"cfg_scale": 3.0}, {"sampler": "ddpm"}], ids=["plain", "cfg", "ddpm"])
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 3.0}, {"sampler": "ddpm"}], ids=["plain", "cfg", "ddpm"])
 def test_the_sampler_on_plans(tmp_path, profiles, options):
     """Through the step program, with the classifier's plan in it: the images of the host's slots."""
     bundle, library = make_bundle(tmp_path / "b", profiles, guide=True), fake_library(networks())

@@ -25,18 +25,20 @@ from helpers import Outcome, adm_classifier, adm_unet, call_main, random_network
 from engine import images
 from engine.bulk import job as bulk
 from engine.bulk import shards
-from engine.bulk.job import BulkPlan, BulkResult, generate, merge
+from engine.bulk.job import BulkJob, BulkResult, generate, merge
 from engine.bulk.shards import Shard, merge_shards, read_shard, write_shard
 from engine.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance
+from engine.diffusion.noise import RecordedNoise
 from engine.errors import OutputError, RequestError
 from engine.images import to_uint8
 from engine.networks.classifier import AutogradGuide
+from engine.sampling.options import SamplingOptions
 from engine.sampling.sampler import Sampler
 
 CONFIG = adm_unet(mult=(1,), attention=(), num_classes=5, null_class=2)
 CLASSES = (0, 1, 3, 4)
-PLAN = BulkPlan(n=10, steps=2, seed=5, shard_size=4, batch_size=3, threads=1)
-# The same plan as a command line.
+JOB = BulkJob(10, SamplingOptions(steps=2, seed=5, batch_size=3), shard_size=4, threads=1)
+# The same job as a command line.
 OPTIONS = ("-n", 10, "--steps", 2, "--seed", 5, "--shard-size", 4, "--batch-size", 3, "--threads", 1)
 SHARDS = {"npz": [f"shard-0000{i}.npz" for i in range(3)], "png": [f"shard-0000{i}" for i in range(3)]}
 
@@ -91,7 +93,7 @@ def test_what_a_shard_holds(finished, sampler):
     folder = finished["npz"]
     assert names(folder) == ["run.json", *SHARDS["npz"]]
     expected = images.to_uint8(sampler.sample(10, steps=2, seed=5))
-    labels = [r.label for r in sampler.requests(10, sampler.table(2, "ddim"), seed=5)]
+    labels = [r.label for r in sampler.requests(10, table=sampler.table(steps=2, sampler="ddim"), seed=5)]
     for i, size in enumerate((4, 4, 2)):
         with np.load(folder / f"shard-0000{i}.npz") as stored:
             assert sorted(stored.files) == ["arr_0", "arr_1", "seeds"]
@@ -221,26 +223,26 @@ def test_a_resumed_shard_is_made_in_the_same_batches(tmp_path, sampler):
         def close(self):
             pass
 
-    generate(Sampler(Spy()), PLAN, tmp_path)
+    generate(Sampler(Spy()), JOB, tmp_path)
     undisturbed = list(calls)
     # Four images in three slots, twice, then two images.
     assert [call[0][0] for call in undisturbed] == [3, 3, 1, 1, 3, 3, 1, 1, 2, 2]
     calls.clear()
     (tmp_path / "shard-00001.npz").unlink()
-    assert generate(Sampler(Spy()), PLAN, tmp_path) == BulkResult(made=4, kept=6)
+    assert generate(Sampler(Spy()), JOB, tmp_path) == BulkResult(made=4, kept=6)
     assert calls == undisturbed[4:8]
     calls.clear()
-    assert generate(Sampler(Spy()), PLAN, tmp_path) == BulkResult(made=0, kept=10)
+    assert generate(Sampler(Spy()), JOB, tmp_path) == BulkResult(made=0, kept=10)
     assert not calls
 
 
 def test_progress_counts_images(tmp_path, sampler):
     seen: list[int] = []
-    generate(sampler, PLAN, tmp_path, progress=seen.append)
+    generate(sampler, JOB, tmp_path, progress=seen.append)
     assert seen == list(range(11))
     seen.clear()
     (tmp_path / "shard-00002.npz").unlink()
-    generate(sampler, PLAN, tmp_path, progress=seen.append)
+    generate(sampler, JOB, tmp_path, progress=seen.append)
     assert seen == [8, 9, 10]
 
 
@@ -258,25 +260,25 @@ def test_balanced_labels(tmp_path, bundle):
 
 
 def test_labels_in_turn_across_shards_and_drawn_ones():
-    plan = BulkPlan(n=11, labels=(7, 8, 9), shard_size=4)
-    assert [plan.labels_of(plan.images_of(i)) for i in range(plan.num_shards)] == [
-        [7, 8, 9, 7], [8, 9, 7, 8], [9, 7, 8],
-    ]  # fmt: skip
-    assert BulkPlan(n=11, labels=7).labels_of(range(4)) == 7
-    assert BulkPlan(n=11).labels_of(range(4)) is None
+    job = BulkJob(11, SamplingOptions(seed=3), labels_in_turn=(7, 8, 9), shard_size=4)
+    options = [job.options_of(job.images_of(i)) for i in range(job.num_shards)]
+    assert [one.labels for one in options] == [[7, 8, 9, 7], [8, 9, 7, 8], [9, 7, 8]]
+    assert [one.seed for one in options] == [3, 7, 11]
+    assert BulkJob(11, SamplingOptions(labels=7)).options_of(range(4)).labels == 7
+    assert BulkJob(11).options_of(range(4)).labels is None
 
 
 def test_an_unlabelled_network_has_no_labels(tmp_path):
     plain = Sampler.open(write_bundle(tmp_path / "u.engine", adm_unet(mult=(1,), attention=())), "eager", threads=1)
     for file_format in SHARDS:
-        plan = BulkPlan(n=3, steps=1, shard_size=2, file_format=file_format)
-        generate(plain, plan, tmp_path / file_format)
-        assert generate(plain, plan, tmp_path / file_format).made == 0
-        with np.load(merge(plain, plan, tmp_path / file_format)) as stored:
+        job = BulkJob(3, SamplingOptions(steps=1), shard_size=2, file_format=file_format)
+        generate(plain, job, tmp_path / file_format)
+        assert generate(plain, job, tmp_path / file_format).made == 0
+        with np.load(merge(plain, job, tmp_path / file_format)) as stored:
             assert stored.files == ["arr_0"]
         assert json.loads((tmp_path / file_format / "run.json").read_text())["labels"] is None
     with pytest.raises(RequestError, match="takes no labels"):
-        generate(plain, BulkPlan(n=3, steps=1, labels=1), tmp_path / "no")
+        generate(plain, BulkJob(3, SamplingOptions(steps=1, labels=1)), tmp_path / "no")
 
 
 CHANGES = {
@@ -407,7 +409,7 @@ def test_only_leftovers_of_ours_are_removed(tmp_path, sampler):
     (tmp_path / f".tmp-{'a' * 32}").mkdir()
     (tmp_path / f".tmp-{'a' * 32}" / "000000.png").write_text("half")
     (tmp_path / ".tmp-mine").write_text("kept")
-    generate(sampler, PLAN, tmp_path)
+    generate(sampler, JOB, tmp_path)
     assert names(tmp_path) == [".tmp-mine", "run.json", *SHARDS["npz"]]
 
 
@@ -488,21 +490,21 @@ def test_a_merge_of_an_unfinished_run(tmp_path, finished, sampler):
     # The description was written in another process with the same settings.
     truncate(tmp_path / "shard-00001.npz")
     with pytest.raises(RequestError, match=r"shard-00001.npz is missing or damaged; run the same command again"):
-        merge_shards(tmp_path, bulk._Job(sampler, PLAN, tmp_path, None).shards(), "npz")
+        merge_shards(tmp_path, bulk._Run(sampler, JOB, tmp_path).shards(), "npz")
     with pytest.raises(RequestError, match="shard_size was 4 and is 5"):
-        merge(sampler, BulkPlan(n=10, steps=2, seed=5, shard_size=5, batch_size=3, threads=1), tmp_path)
+        merge(sampler, dataclasses.replace(JOB, shard_size=5), tmp_path)
     assert "samples.npz" not in names(tmp_path)
     with pytest.raises(OutputError, match="cannot open .*nowhere: No such file"):
-        merge(sampler, PLAN, tmp_path / "nowhere")
+        merge(sampler, JOB, tmp_path / "nowhere")
 
 
 def test_one_process_at_a_time(tmp_path, sampler):
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     with pytest.raises(OutputError, match="another process is writing to .*; wait until it ends"):
-        generate(sampler, PLAN, tmp_path)
+        generate(sampler, JOB, tmp_path)
     os.close(handle)
-    assert generate(sampler, PLAN, tmp_path).made == 10
+    assert generate(sampler, JOB, tmp_path).made == 10
 
 
 def test_guidance_is_part_of_the_run(tmp_path, bundle):
@@ -511,23 +513,24 @@ def test_guidance_is_part_of_the_run(tmp_path, bundle):
     out = tmp_path / "out"
     assert resume(bundle, out, *guided).status == 0
     assert json.loads((out / "run.json").read_text())["guidance"]["scale"] == 1.0
-    assert "guidance.scale was 1.0 and is 2.0" in resume(bundle, out, *guided, "--guidance-scale", 2).error
+    assert "guidance.scale was 1.0 and is 2.0" in resume(bundle, out, *guided, "--classifier-scale", 2).error
     assert "is null" in resume(bundle, out).error
     write_checkpoint(classifier, adm_classifier(mult=(1,), attention=(), num_classes=5), seed=1)
     assert "guidance.classifier_sha256 was" in resume(bundle, out, *guided).error
 
 
-def test_a_plan_that_fails_at_once_can_be_mended(tmp_path, sampler):
-    """Nothing is described before the first shard is made, so that the mended plan is not refused."""
+def test_a_job_that_fails_at_once_can_be_mended(tmp_path, sampler):
+    """Nothing is described before the first shard is made, so that the mended job is not refused."""
     wrong = random_network(adm_classifier(mult=(1,), attention=(), num_classes=5, size=(16, 16)))
-    plan = BulkPlan(n=4, steps=2, classifier_sha256="00")
+    guidance = ClassifierGuidance(AutogradGuide(wrong))
+    job = BulkJob(4, SamplingOptions(steps=2, guidance=guidance), classifier_sha256="00")
     with pytest.raises(RequestError, match="the classifier reads 1 channels of"):
-        generate(sampler, plan, tmp_path, ClassifierGuidance(AutogradGuide(wrong)))
+        generate(sampler, job, tmp_path)
     assert names(tmp_path) == []
-    for guidance, sha in ((None, "00"), (ClassifierGuidance(AutogradGuide(wrong)), None)):
-        with pytest.raises(RequestError, match="guidance and the plan's classifier_sha256 belong together"):
-            generate(sampler, BulkPlan(n=4, steps=2, classifier_sha256=sha), tmp_path, guidance)
-    assert generate(sampler, PLAN, tmp_path).made == 10
+    for given, sha in ((None, "00"), (guidance, None)):
+        with pytest.raises(RequestError, match="guidance and the job's classifier_sha256 belong together"):
+            BulkJob(4, SamplingOptions(steps=2, guidance=given), classifier_sha256=sha)
+    assert generate(sampler, JOB, tmp_path).made == 10
 
 
 @pytest.mark.parametrize(
@@ -535,20 +538,25 @@ def test_a_plan_that_fails_at_once_can_be_mended(tmp_path, sampler):
     [
         ({"n": 0}, "n is 0; expected 1 or more"),
         ({"shard_size": 0}, "shard_size is 0; expected 1 or more"),
-        ({"batch_size": -1}, "batch_size is -1; expected 1 or more"),
-        ({"seed": -1}, "seed is -1 for 10 images; expected 0 <= seed"),
-        ({"seed": 2**64 - 9}, "seed is 18446744073709551607 for 10 images"),
+        ({"options": {"batch_size": -1}}, "batch_size is -1; expected 1 or more"),
+        ({"options": {"seed": -1}}, "seed is -1 for 10 images; expected 0 <= seed"),
+        ({"options": {"seed": 2**64 - 9}}, "seed is 18446744073709551607 for 10 images"),
+        ({"options": {"seeds": range(10)}}, "images in shards have seeds in a row; leave seeds, image, noise out"),
+        ({"options": {"noise": RecordedNoise}}, "leave seeds, image, noise out"),
+        ({"options": {"steps": [1, 2]}}, "need steps that run.json can hold"),
+        ({"options": {"labels": [1, 2]}}, "one class for all, or labels_in_turn"),
+        ({"options": {"labels": 1}, "labels_in_turn": (1, 2)}, "give one of them"),
         ({"file_format": "jpg"}, "unknown shard format 'jpg'; known: npz, png"),
-        ({"labels": ()}, "labels is empty; give a class"),
+        ({"labels_in_turn": ()}, "labels_in_turn is empty; give the classes"),
     ],
 )
-def test_impossible_plans(fields, message):
+def test_impossible_jobs(fields, message):
     with pytest.raises(RequestError, match=message):
-        BulkPlan(**({"n": 10} | fields))
+        BulkJob(**({"n": 10} | fields | {"options": SamplingOptions(**fields.get("options", {}))}))
 
 
 def test_the_last_seed_of_all_is_possible(tmp_path, sampler):
-    generate(sampler, BulkPlan(n=2, steps=1, seed=2**64 - 2), tmp_path)
+    generate(sampler, BulkJob(2, SamplingOptions(steps=1, seed=2**64 - 2)), tmp_path)
     with np.load(tmp_path / "shard-00000.npz") as stored:
         assert stored["seeds"].tolist() == [2**64 - 2, 2**64 - 1]
 
@@ -596,11 +604,11 @@ def test_resumes_on_the_backends_of_a_graph(tmp_path, bundle):
     export_onnx(random_network(CONFIG), path)
     for backend in (OrtBackend, OpenVINOBackend):
         out = tmp_path / backend.name
-        generate(Sampler(backend(manifest, path, "fp32", 1)), PLAN, out)
+        generate(Sampler(backend(manifest, path, "fp32", 1)), JOB, out)
         expected = content(out)
         for number in (1, 2):
             (out / f"shard-0000{number}.npz").unlink()
-        assert generate(Sampler(backend(manifest, path, "fp32", 1)), PLAN, out) == BulkResult(made=6, kept=4)
+        assert generate(Sampler(backend(manifest, path, "fp32", 1)), JOB, out) == BulkResult(made=6, kept=4)
         assert content(out) == expected
 
 
@@ -608,10 +616,10 @@ def test_resumes_on_the_backends_of_a_graph(tmp_path, bundle):
 def test_classifier_free_guidance_is_part_of_the_run(tmp_path, cfg):
     bundle = write_bundle(tmp_path / "net.engine", adm_unet(num_classes=4, null_class=3))
     sampler = Sampler.open(bundle, "eager")
-    plain = BulkPlan(n=4, steps=3, shard_size=2, batch_size=2, labels=1)
-    guided = dataclasses.replace(plain, cfg=cfg)
+    plain = BulkJob(4, SamplingOptions(steps=3, batch_size=2, labels=1), shard_size=2)
+    guided = dataclasses.replace(plain, options=dataclasses.replace(plain.options, guidance_scale=cfg))
     generate(sampler, guided, tmp_path / "guided")
-    wanted = to_uint8(sampler.sample(2, steps=3, labels=1, cfg_scale=cfg, batch_size=2))
+    wanted = to_uint8(sampler.sample(2, steps=3, labels=1, guidance_scale=cfg, batch_size=2))
     with np.load(tmp_path / "guided" / "shard-00000.npz") as shard:
         assert np.array_equal(shard["arr_0"], wanted)
     with pytest.raises(RequestError, match="classifier_free_guidance"):

@@ -24,9 +24,10 @@ from engine.checkpoints.families.diffusers_schedule import read_scheduler
 from engine.checkpoints.folder import FolderContent
 from engine.checkpoints.load import load_checkpoint
 from engine.checkpoints.types import Assumptions
+from engine.diffusion.ladder import visited_timesteps
 from engine.diffusion.noise import RecordedNoise
 from engine.diffusion.prediction import Diffusion
-from engine.diffusion.solvers import COLUMNS, StepTable, ddim_table, ddpm_table, visited_timesteps
+from engine.diffusion.solvers import COLUMNS, StepTable, ddim_table, ddpm_table
 from engine.errors import CheckpointError, ConfigError, RequestError
 from engine.networks import config as c
 from engine.networks.unet import UNet

@@ -28,9 +28,10 @@ from engine.checkpoints.load import load_checkpoint
 from engine.checkpoints.types import Checkpoint
 from engine.diffusion.continuous import LogSnr, MonotoneNet, time_slices
 from engine.diffusion.guidance import ClassifierFreeGuidance
+from engine.diffusion.ladder import visited_timesteps
 from engine.diffusion.prediction import Diffusion, Prediction, Spacing, Variance
 from engine.diffusion.schedule import cosine_schedule, linear_schedule, named_schedule, sigmoid_schedule
-from engine.diffusion.solvers import ddim_table, ddpm_table, visited_timesteps
+from engine.diffusion.solvers import ddim_table, ddpm_table
 from engine.errors import CheckpointError, ConfigError, RequestError
 from engine.sampling.likelihood import variational_bound
 from engine.sampling.sampler import Sampler
@@ -483,7 +484,7 @@ def test_plus_plus_of_the_installed_package(peer: ModuleType, tmp_path: Path, ob
         2,
         steps=7,
         labels=classes.tolist(),
-        cfg_scale=ClassifierFreeGuidance(scale, rescale, parallel=0.0, plus_plus=True),
+        guidance_scale=ClassifierFreeGuidance(scale, rescale, parallel=0.0, plus_plus=True),
         noise=lambda seeds, _draws, _shape, _stream=0: start[list(seeds)].numpy(),
     )
     torch.testing.assert_close((images + 1) / 2, expected.clamp(0, 1), rtol=0, atol=1e-4)

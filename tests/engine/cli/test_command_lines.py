@@ -142,9 +142,9 @@ def test_classifier_guidance(tmp_path, bundle, classifier):
     plain, guided, off = (tmp_path / name for name in ("plain", "guided", "off"))
     facts = ("--classifier", classifier, "--classifier-fact", "num_head_channels=32", "--class", 3, "-n", 2)
     assert sample(bundle, "-n", 2, "--class", 3, "--out", plain).status == 0
-    outcome = sample(bundle, *facts, "--guidance-scale", 40, "--out", guided)
+    outcome = sample(bundle, *facts, "--classifier-scale", 40, "--out", guided)
     assert "classifier: assumed noise_schedule = linear" in outcome.err
-    assert sample(bundle, *facts, "--guidance-scale", 0, "--out", off).status == 0
+    assert sample(bundle, *facts, "--classifier-scale", 0, "--out", off).status == 0
     for i in range(2):
         content = [(folder / f"{i:06d}.png").read_bytes() for folder in (plain, guided, off)]
         assert content[0] == content[2] != content[1]
@@ -210,7 +210,7 @@ def test_refusals_about_the_classifier(tmp_path, bundle, classifier):
         (["--classifier-fact", "num_heads=three"], "num_heads is 'three'; expected a whole number"),
         (["--classifier-fact", "rescale_timesteps=false"], "rescale_timesteps is 'false'; expected True or False"),
         (["--classifier-fact", "image_size=16x16"], "(none fits what was given); give the training's --num-res-blocks"),
-        (["--guidance-scale", "nan", "--classifier-fact", "num_heads=1"], "the guidance scale is nan"),
+        (["--classifier-scale", "nan", "--classifier-fact", "num_heads=1"], "the guidance scale is nan"),
     ):
         assert message in sample(bundle, "--classifier", classifier, *options, "--out", tmp_path / "o").error
     unet = write_checkpoint(tmp_path / "unet.pt", CONFIG)
@@ -385,10 +385,10 @@ def test_classifier_free_guidance(tmp_path, bundle):
         return path.read_bytes()
 
     plain = image()
-    assert image("--cfg-scale", 1) == plain
-    assert image("--cfg-scale", 40) != plain
-    assert image("--cfg-scale", 40, "--cfg-interval", -2, -1) == plain
-    rescaled = image("--cfg-scale", 40, "--cfg-rescale", 0.7)
-    assert rescaled not in (plain, image("--cfg-scale", 40))
-    ddim = ("--sampler", "ddim", "--cfg-scale", 0.5)
-    assert image(*ddim, "--cfg-plus-plus") != image(*ddim)
+    assert image("--guidance-scale", 1) == plain
+    assert image("--guidance-scale", 40) != plain
+    assert image("--guidance-scale", 40, "--guidance-interval", -2, -1) == plain
+    rescaled = image("--guidance-scale", 40, "--guidance-rescale", 0.7)
+    assert rescaled not in (plain, image("--guidance-scale", 40))
+    ddim = ("--sampler", "ddim", "--guidance-scale", 0.5)
+    assert image(*ddim, "--guidance-plus-plus") != image(*ddim)

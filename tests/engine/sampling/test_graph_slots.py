@@ -25,7 +25,9 @@ from engine.diffusion.guidance import ClassifierGuidance
 from engine.diffusion.noise import normal
 from engine.diffusion.prediction import Prediction, Variance
 from engine.errors import BackendError, RequestError
-from engine.sampling.sampler import Request, Sampler, Slots
+from engine.sampling.requests import Request
+from engine.sampling.sampler import Sampler
+from engine.sampling.slots import Slots
 
 
 def pair(config: Any, **manifest: Any) -> tuple[Sampler, Sampler]:
@@ -51,7 +53,7 @@ def test_images_of_every_sampler(options, batch_size):
     """Before they are clamped, so that every difference is seen."""
     raw = []
     for sampler in pair(LABELLED):
-        requests = sampler.requests(7, sampler.table(5, **options), seed=40)
+        requests = sampler.requests(7, table=sampler.table(steps=5, **options), seed=40)
         raw.append(finished(sampler.run(requests, batch_size=batch_size)))
     for index, image in raw[0].items():
         torch.testing.assert_close(raw[1][index], image, **SAME)
@@ -62,7 +64,9 @@ def test_images_of_every_sampler(options, batch_size):
 @pytest.mark.parametrize("prediction", [Prediction.EPS, Prediction.V])
 def test_classifier_free_guidance(cfg, prediction):
     manifest = {"prediction": prediction}
-    got = both(LABELLED, "sample", 5, manifest=manifest, steps=6, labels=[1, 5, 2, 0, 9], cfg_scale=cfg, batch_size=4)
+    got = both(
+        LABELLED, "sample", 5, manifest=manifest, steps=6, labels=[1, 5, 2, 0, 9], guidance_scale=cfg, batch_size=4
+    )
     assert got.std() > 0.01
 
 
@@ -83,8 +87,8 @@ def test_a_mask_stays_with_its_image():
     host, device = pair(PLAIN)
     results = []
     for sampler in (host, device):
-        table = sampler.table(3, "ddim")
-        made = sampler.requests(2, table, seed=5)
+        table = sampler.table(steps=3, sampler="ddim")
+        made = sampler.requests(2, table=table, seed=5)
         first = dataclasses.replace(made[0], known=torch.full((1, 4, 4), 0.5), mask=torch.zeros(1, 4, 4))
         results.append(finished(sampler.run([first, made[1]], batch_size=1)))
     for index in (0, 1):
@@ -94,7 +98,7 @@ def test_a_mask_stays_with_its_image():
 
 def test_condition_images():
     cond = torch.from_numpy(normal([7, 8, 9], [0] * 3, (3, 4, 4)))
-    both(SUPER, "sample", 3, steps=4, cond=cond, batch_size=2)
+    both(SUPER, "sample", 3, steps=4, image=cond, batch_size=2)
 
 
 def test_self_conditioning_and_previews():
@@ -136,17 +140,17 @@ def test_requests_of_every_kind_share_a_batch():
     kinds += [("dpmpp", 6, {}), ("dpmpp", 3, {}), ("plms", 6, {})]
     requests: list[Request] = []
     for kind, (name, steps, options) in enumerate(kinds):
-        table = host.table(steps, name, **options)
-        made = host.requests(3, table, seed=100 * kind, guidance=guidance if kind % 2 else None)
+        table = host.table(steps=steps, sampler=name, **options)
+        made = host.requests(3, table=table, seed=100 * kind, guidance=guidance if kind % 2 else None)
         for i, request in enumerate(made):
             cfg = [*CFG.values(), None][(kind + i) % 8]
             index = len(requests)
             plus_plus = cfg is not None and cfg.plus_plus and name != "ddim"
-            requests.append(dataclasses.replace(request, index=index, cfg=None if plus_plus else cfg))
+            requests.append(dataclasses.replace(request, index=index, free_guidance=None if plus_plus else cfg))
     mixed = [requests[i] for i in np.random.default_rng(0).permutation(len(requests))]
-    expected = finished(host.run(mixed, guidance, batch_size=5))
+    expected = finished(host.run(mixed, guidance.guide, batch_size=5))
     for batch_size in (2, 7, 10):
-        got = finished(device.run(mixed, guidance, batch_size=batch_size))
+        got = finished(device.run(mixed, guidance.guide, batch_size=batch_size))
         assert got.keys() == expected.keys()
         for index, image in got.items():
             torch.testing.assert_close(image, expected[index], **SAME)
@@ -160,7 +164,7 @@ def test_a_real_network():
     network, manifest = random_network(config), tiny_manifest(config)
     host = Sampler(EagerBackend(manifest, network, "fp32", None))
     device = device_sampler(OnDevice(manifest, network, "fp32", None), CpuDevice())
-    for options in ({"sampler": "ddpm"}, {"eta": 0.5}, {"sampler": "plms"}, {"cfg_scale": 2.0}):
+    for options in ({"sampler": "ddpm"}, {"eta": 0.5}, {"sampler": "plms"}, {"guidance_scale": 2.0}):
         expected, got = (s.sample(5, steps=4, seed=3, labels=1, batch_size=4, **options) for s in (host, device))
         # Guidance and a few steps amplify a forward call's rounding; 5 times is seen.
         torch.testing.assert_close(got, expected, atol=10 * FP32_OTHER_ORDER, rtol=0)
@@ -170,7 +174,7 @@ def test_padding_to_the_networks_batches():
     """A network of batches of 4: five slots run in 8, doubled 12; what lies beyond changes nothing."""
     host, device = pair(LABELLED)
     device.backend.bucket = 4
-    for options in ({}, {"cfg_scale": 3.0}):
+    for options in ({}, {"guidance_scale": 3.0}):
         expected, got = (s.sample(5, steps=4, labels=2, batch_size=10, **options) for s in (host, device))
         torch.testing.assert_close(got, expected, **SAME)
     assert {len(t) for t in device.backend.timesteps} == {8, 12}
@@ -182,7 +186,7 @@ def test_batch_size_is_the_networks_batch():
     sampler.sample(9, steps=2, labels=2, batch_size=8)
     assert {len(t) for t in backend.timesteps} == {8}
     backend.timesteps.clear()
-    sampler.sample(9, steps=2, labels=2, batch_size=8, cfg_scale=2.0)
+    sampler.sample(9, steps=2, labels=2, batch_size=8, guidance_scale=2.0)
     assert {len(t) for t in backend.timesteps} == {8}
 
 
@@ -228,7 +232,7 @@ def test_few_idle_slots_are_kept_and_closing_releases_them():
 def test_a_step_read_too_late_is_refused():
     """A step's images are copied when they are asked for; a finished image is always there."""
     sampler = device_sampler(CapturableElementwise(PLAIN))
-    steps = list(sampler.run(sampler.requests(1, sampler.table(3, "ddim"))))
+    steps = list(sampler.run(sampler.requests(1, table=sampler.table(steps=3, sampler="ddim"))))
     assert steps[-1].x_prev.shape == (1, 4, 4)
     with pytest.raises(RequestError, match="read them before it"):
         _ = steps[0].x0
@@ -261,8 +265,7 @@ def test_the_plain_slots_where_a_graph_cannot_be():
     def own(*args: Any) -> Any:
         return normal(*args)
 
-    table = host.table(3, "ddim")
-    for guidance, noise in ((None, own), (ClassifierGuidance(CountingGuide()), normal)):
-        with device._pool.borrow(host.requests(2, table), guidance, noise, 2) as slots:
+    for guide, noise in ((None, own), (CountingGuide(), normal)):
+        with device.slots(2, guide, noise) as slots:
             assert isinstance(slots, Slots)
     assert not device._pool._idle

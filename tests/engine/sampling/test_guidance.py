@@ -7,21 +7,24 @@ import math
 
 import pytest
 import torch
-from elementwise import LABELLED, PLAIN, SAMPLERS, CountingGuide, Elementwise, finished
+from elementwise import LABELLED, PLAIN, SAMPLERS, CountingGuide, Elementwise, finished, guided, labelled_request
 from helpers import adm_unet, random_network, tiny_manifest
 from torch import Tensor
 
 from engine.backends.eager.eager_backend import EagerBackend
-from engine.diffusion.guidance import EVERYWHERE, ClassifierFreeGuidance, ClassifierGuidance, guided_out
+from engine.diffusion.guidance import EVERYWHERE, ClassifierFreeGuidance, ClassifierGuidance
+from engine.diffusion.ladder import visited_timesteps
 from engine.diffusion.noise import normal
 from engine.diffusion.prediction import Diffusion, Prediction, Variance
 from engine.diffusion.schedule import cosine_schedule
-from engine.diffusion.solvers import ddim_table, visited_timesteps
+from engine.diffusion.solvers import ddim_table
 from engine.errors import RequestError
 from engine.networks.config import LabelInput
 from engine.networks.inputs import UNCONDITIONED, Conditions
-from engine.sampling.requests import make_requests
-from engine.sampling.sampler import Request, Sampler, Slots
+from engine.sampling.options import SamplingOptions
+from engine.sampling.requests import Request, make_requests
+from engine.sampling.sampler import Sampler
+from engine.sampling.slots import Slots
 
 NULL = LABELLED.null_class
 
@@ -47,7 +50,7 @@ def test_the_papers_line(options, scale):
     straight = Straight(LABELLED)
     straight.scale = scale
     expected = Sampler(straight).sample(3, steps=4, labels=[1, 5, 2], **options)
-    got = Sampler(Elementwise(LABELLED)).sample(3, steps=4, labels=[1, 5, 2], cfg_scale=scale, **options)
+    got = Sampler(Elementwise(LABELLED)).sample(3, steps=4, labels=[1, 5, 2], guidance_scale=scale, **options)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
     assert not torch.equal(got, Sampler(Elementwise(LABELLED)).sample(3, steps=4, labels=[1, 5, 2], **options))
 
@@ -55,17 +58,18 @@ def test_the_papers_line(options, scale):
 def test_the_variance_channels_are_the_labelled_ones():
     labelled, without = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)).unbind()
     for cfg in (ClassifierFreeGuidance(4.0), ClassifierFreeGuidance(4.0, 0.7, 0.2)):
-        assert torch.equal(guided_out(labelled, without, cfg, 2)[2:], labelled[2:])
-        changed = guided_out(labelled, torch.cat([without[:2], labelled[2:] + 9]), cfg, 2)
-        assert torch.equal(changed, guided_out(labelled, without, cfg, 2))
+        assert torch.equal(guided(labelled, without, cfg, 2)[2:], labelled[2:])
+        changed = guided(labelled, torch.cat([without[:2], labelled[2:] + 9]), cfg, 2)
+        assert torch.equal(changed, guided(labelled, without, cfg, 2))
 
 
 def test_scale_1_is_one_call_of_the_labelled_network():
     backend = Elementwise(LABELLED)
     sampler = Sampler(backend)
     plain = sampler.sample(3, steps=4, labels=2)
-    assert torch.equal(plain, sampler.sample(3, steps=4, labels=2, cfg_scale=1.0))
-    assert torch.equal(plain, sampler.sample(3, steps=4, labels=2, cfg_scale=ClassifierFreeGuidance(1.0, 0.7, 0.0)))
+    assert torch.equal(plain, sampler.sample(3, steps=4, labels=2, guidance_scale=1.0))
+    rescaled = ClassifierFreeGuidance(1.0, 0.7, 0.0)
+    assert torch.equal(plain, sampler.sample(3, steps=4, labels=2, guidance_scale=rescaled))
     assert [len(t) for t in backend.timesteps] == [3] * 12
 
 
@@ -73,12 +77,12 @@ def test_one_doubled_batch_of_the_guided_images_only():
     """Guided images are there once more, unlabelled and at their own timestep; the others are not."""
     backend = Elementwise(LABELLED)
     sampler = Sampler(backend)
-    table, short = sampler.table(4, "ddim"), sampler.table(2, "ddim")
+    table, short = sampler.table(steps=4, sampler="ddim"), sampler.table(steps=2, sampler="ddim")
     slots = Slots(backend, 3)
-    slots.enter(0, Request(0, table, 0, label=3, cfg=ClassifierFreeGuidance(2.0)))
-    slots.enter(1, Request(1, table, 1, label=4))
+    slots.enter(0, labelled_request(0, table, 0, 3, ClassifierFreeGuidance(2.0)))
+    slots.enter(1, labelled_request(1, table, 1, 4))
     slots.step()
-    slots.enter(2, Request(2, short, 2, label=5, cfg=ClassifierFreeGuidance(0.0)))
+    slots.enter(2, labelled_request(2, short, 2, 5, ClassifierFreeGuidance(0.0)))
     slots.step()
     assert backend.timesteps == [[99.0, 99.0, 99.0], [66.0, 66.0, 99.0, 66.0, 99.0]]
     assert backend.labels == [[3, 4, NULL], [3, 4, 5, NULL, NULL]]
@@ -100,8 +104,8 @@ def test_a_seed_is_an_image_beside_other_guidance():
     requests = []
     for cfg in VARIANTS:
         for sampler_name, steps in (("ddim", 5), ("ddpm", 3), ("dpmpp", 7)):
-            made = sampler.requests(1, sampler.table(steps, sampler_name), labels=3, seed=len(requests))
-            requests.append(dataclasses.replace(made[0], index=len(requests), cfg=cfg))
+            made = sampler.requests(1, steps=steps, sampler=sampler_name, labels=3, seed=len(requests))
+            requests.append(dataclasses.replace(made[0], index=len(requests), free_guidance=cfg))
     alone = {r.index: finished(sampler.run([r]))[r.index] for r in requests}
     for batch_size in (2, 5, 18):
         together = finished(sampler.run(requests[::-1], batch_size=batch_size))
@@ -112,11 +116,11 @@ def test_a_real_network_beside_two_calls():
     config = adm_unet(num_classes=4, null_class=3, learn_sigma=True)
     network = random_network(config)
     backend = EagerBackend(tiny_manifest(config), network, "fp32", None)
-    images = Sampler(backend).sample(2, steps=1, labels=[0, 2], cfg_scale=2.5, seed=5)
-    table = Sampler(backend).table(1, "ddim")
+    images = Sampler(backend).sample(2, steps=1, labels=[0, 2], guidance_scale=2.5, seed=5)
+    table = Sampler(backend).table(steps=1, sampler="ddim")
     x, t = Slots(backend, 1), torch.full((1,), float(table.timestep[0]))
     for i, y in enumerate((0, 2)):
-        x.enter(0, Request(0, table, 5 + i, label=y))
+        x.enter(0, Request(0, table, 5 + i, Conditions(torch.tensor([y]))))
         start = x._x_t[:1].clone()
         x.step()
         with torch.inference_mode():
@@ -130,23 +134,23 @@ def test_a_real_network_beside_two_calls():
 def test_rescaling_restores_the_standard_deviation():
     """Lin et al. (2023), eq. 15 and 16: wholly at 1, and by that share between the two below."""
     labelled, without = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
-    plain = guided_out(labelled, without, ClassifierFreeGuidance(5.0), 3)
-    full = guided_out(labelled, without, ClassifierFreeGuidance(5.0, rescale=1.0), 3)
+    plain = guided(labelled, without, ClassifierFreeGuidance(5.0), 3)
+    full = guided(labelled, without, ClassifierFreeGuidance(5.0, rescale=1.0), 3)
     assert full.std().item() == pytest.approx(labelled.std().item(), rel=1e-5)
     assert plain.std().item() > 2 * labelled.std().item()
-    half = guided_out(labelled, without, ClassifierFreeGuidance(5.0, rescale=0.5), 3)
+    half = guided(labelled, without, ClassifierFreeGuidance(5.0, rescale=0.5), 3)
     torch.testing.assert_close(half, 0.5 * (plain + full))
 
 
 def test_projection_removes_the_parallel_component():
     """Sadat et al. (2024), eq. 8: what is left of the update is orthogonal to the labelled result."""
     labelled, without = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double().unbind()
-    update = guided_out(labelled, without, ClassifierFreeGuidance(2.0, parallel=0.0), 3) - labelled
+    update = guided(labelled, without, ClassifierFreeGuidance(2.0, parallel=0.0), 3) - labelled
     assert float((update * labelled).sum()) == pytest.approx(0, abs=1e-10)
     whole = labelled - without
     along = (whole * labelled).sum() / (labelled**2).sum() * labelled
     torch.testing.assert_close(update, whole - along)
-    third = guided_out(labelled, without, ClassifierFreeGuidance(2.0, parallel=0.25), 3) - labelled
+    third = guided(labelled, without, ClassifierFreeGuidance(2.0, parallel=0.25), 3) - labelled
     torch.testing.assert_close(third, whole - 0.75 * along)
 
 
@@ -158,14 +162,15 @@ def test_free_guidance_acts_in_its_interval_only(timestep_scale):
     backend.manifest = dataclasses.replace(backend.manifest, diffusion=of)
     sampler = Sampler(backend)
     cfg = ClassifierFreeGuidance(3.0, interval=(22, 55))
-    images = sampler.sample(2, steps=10, labels=1, cfg_scale=cfg)
+    images = sampler.sample(2, steps=10, labels=1, guidance_scale=cfg)
     assert [len(t) for t in backend.timesteps] == [2, 2, 2, 2, 4, 4, 4, 4, 2, 2]
-    everywhere = sampler.sample(2, steps=10, labels=1, cfg_scale=3.0)
+    everywhere = sampler.sample(2, steps=10, labels=1, guidance_scale=3.0)
     assert not torch.equal(images, everywhere)
     nowhere = dataclasses.replace(cfg, interval=(56, 65))
-    assert torch.equal(sampler.sample(2, steps=10, labels=1, cfg_scale=nowhere), sampler.sample(2, steps=10, labels=1))
+    plain = sampler.sample(2, steps=10, labels=1)
+    assert torch.equal(sampler.sample(2, steps=10, labels=1, guidance_scale=nowhere), plain)
     whole = dataclasses.replace(cfg, interval=(0, 99))
-    assert torch.equal(sampler.sample(2, steps=10, labels=1, cfg_scale=whole), everywhere)
+    assert torch.equal(sampler.sample(2, steps=10, labels=1, guidance_scale=whole), everywhere)
 
 
 @pytest.mark.parametrize("options", SAMPLERS.values(), ids=SAMPLERS)
@@ -175,9 +180,9 @@ def test_a_classifier_acts_in_its_interval_only(options):
     guided = {"guidance": ClassifierGuidance(guide, 2.0, (22, 55))}
     images = sampler.sample(2, steps=10, labels=1, **options, **guided)
     assert [scale for _, scale in guide.calls] == [[2.0, 2.0]] * 4
-    table, always = sampler.table(10, **options), ClassifierGuidance(guide, 2.0)
+    table, always = sampler.table(steps=10, **options), ClassifierGuidance(guide, 2.0)
     raw = [
-        finished(sampler.run(sampler.requests(2, table, 1, guidance=chosen), chosen))
+        finished(sampler.run(sampler.requests(2, table=table, labels=1, guidance=chosen), guide))
         for chosen in (guided["guidance"], always)
     ]
     assert torch.equal(raw[0][0].clamp(-1, 1), images[0])
@@ -191,9 +196,9 @@ def test_a_classifier_acts_in_its_interval_only(options):
 def test_images_in_and_out_of_the_interval_share_a_batch():
     sampler, guide = Sampler(Elementwise(PLAIN)), CountingGuide()
     guidance = ClassifierGuidance(guide, 2.0, (90, 99))
-    table = sampler.table(4, "ddim")
-    requests = sampler.requests(2, table, labels=[1, 2], guidance=guidance)
-    slots = Slots(sampler.backend, 2, guidance)
+    table = sampler.table(steps=4, sampler="ddim")
+    requests = sampler.requests(2, table=table, labels=[1, 2], guidance=guidance)
+    slots = Slots(sampler.backend, 2, guide)
     slots.enter(0, requests[0])
     slots.step()
     slots.enter(1, requests[1])
@@ -202,14 +207,14 @@ def test_images_in_and_out_of_the_interval_share_a_batch():
 
 
 REFUSALS = {
-    "needs a label that means none, and this checkpoint names none; leave cfg_scale": lambda: Sampler(
+    "needs a label that means none, and this checkpoint names none; leave guidance_scale": lambda: Sampler(
         Elementwise(dataclasses.replace(LABELLED, null_class=None))
-    ).sample(1, steps=1, cfg_scale=2.0),
+    ).sample(1, steps=1, guidance_scale=2.0),
     "classifier-free guidance needs a label": lambda: Sampler(
         Elementwise(dataclasses.replace(LABELLED, label=LabelInput.VECTOR))
-    ).sample(1, steps=1, cfg_scale=2.0, labels=[[0.0] * LABELLED.time_channels]),
+    ).sample(1, steps=1, guidance_scale=2.0, labels=[[0.0] * LABELLED.time_channels]),
     "needs a label that means none": lambda: Slots(Elementwise(PLAIN), 1).enter(
-        0, Request(0, Sampler(Elementwise(PLAIN)).table(2, "ddim"), 0, cfg=ClassifierFreeGuidance(2.0))
+        0, Request(0, Sampler(Elementwise(PLAIN)).table(steps=2), 0, free_guidance=ClassifierFreeGuidance(2.0))
     ),
     "the classifier-free guidance scale is nan; expected a finite number": lambda: ClassifierFreeGuidance(math.nan),
     "rescale is 1.5 and parallel 1.0 .*; expected numbers from 0 to 1": lambda: ClassifierFreeGuidance(2.0, 1.5),
@@ -239,8 +244,8 @@ def test_plus_plus_goes_along_the_unlabelled_eps(prediction, eta):
     diffusion = dataclasses.replace(backend.manifest.diffusion, prediction=prediction, variance=Variance.FIXED_SMALL)
     backend.manifest = dataclasses.replace(backend.manifest, diffusion=diffusion)
     sampler, cfg = Sampler(backend), ClassifierFreeGuidance(0.6, plus_plus=True)
-    table = sampler.table(4, "ddim", eta, plus_plus=True)
-    steps = list(sampler.run(sampler.requests(1, table, 3, seed=5, cfg_scale=cfg)))
+    table = sampler.table(steps=4, eta=eta, guidance_scale=cfg)
+    steps = list(sampler.run(sampler.requests(1, table=table, labels=3, seed=5, guidance_scale=cfg)))
     x = torch.from_numpy(normal([5], [0], (1, 4, 4))).double()
     schedule = diffusion.schedule.respaced(visited_timesteps(diffusion, 4))
     for row, (abar, previous) in enumerate(
@@ -274,10 +279,10 @@ def test_plus_plus_beside_other_images_and_at_scale_1():
     """It changes no batch mate, and also at scale 1 it takes its eps from the unlabelled call."""
     sampler = Sampler(Elementwise(LABELLED))
     cfg = ClassifierFreeGuidance(1.0, plus_plus=True)
-    images = sampler.sample(3, steps=4, labels=2, cfg_scale=cfg)
+    images = sampler.sample(3, steps=4, labels=2, guidance_scale=cfg)
     assert not torch.equal(images, sampler.sample(3, steps=4, labels=2))
-    table, plain = sampler.table(4, "ddim", plus_plus=True), sampler.table(4, "ddim")
-    one, other = sampler.requests(1, table, 2, cfg_scale=cfg)[0], sampler.requests(1, plain, 5, seed=9)[0]
+    one = sampler.requests(1, steps=4, labels=2, guidance_scale=cfg)[0]
+    other = sampler.requests(1, steps=4, labels=5, seed=9)[0]
     both = finished(sampler.run([one, dataclasses.replace(other, index=1)]))
     assert torch.equal(both[0].clamp(-1, 1), images[0])
     assert torch.equal(both[1].clamp(-1, 1), sampler.sample(1, steps=4, labels=5, seed=9)[0])
@@ -295,7 +300,8 @@ def test_plus_plus_beside_other_images_and_at_scale_1():
 def test_a_gradient_that_swamps_the_image_is_warned_of(caplog, steps, scale, interval, is_wild):
     """The cosine schedule's last timestep holds 5e-5 of the image; other starts, intervals and scale 0 are fine."""
     table = ddim_table(Diffusion(cosine_schedule(1000)), steps)
-    make_requests(PLAIN, 1, table, guidance=ClassifierGuidance(CountingGuide(), scale, interval))
+    guidance = ClassifierGuidance(CountingGuide(), scale, interval)
+    make_requests(PLAIN, 1, table, SamplingOptions(guidance=guidance))
     messages = [r.getMessage() for r in caplog.records]
     assert len(messages) == is_wild
     if is_wild:

@@ -9,9 +9,9 @@ import torch
 from elementwise import finished
 from helpers import adm_classifier, adm_unet, write_checkpoint
 
-from engine import ClassifierFreeGuidance, Sampler, load_checkpoint
+from engine import ClassifierFreeGuidance, Sampler, SamplingOptions, load_checkpoint
 from engine.bundle.folder import Bundle
-from engine.sampling.sampler import Request
+from engine.sampling.requests import Request
 from export.to_onnx import export_bundle
 
 FACTS = {"family": "openai-guided", "image_size": (8, 8), "num_head_channels": 32, "noise_schedule": "cosine"}
@@ -46,15 +46,15 @@ def requests_of(sampler: Sampler, steps: dict[str, int]) -> list[Request]:
         ("ddim", steps["few"], {"eta": 0.5}, 1.5, free[2]),
         ("dpmpp", steps["dpmpp"], {}, 0.0, free[2]),
         ("plms", steps["plms"], {}, 2.0, free[1]),
-        ("ddim", steps["few"], {"plus_plus": True}, 0.0, free[3]),
+        ("ddim", steps["few"], {}, 0.0, free[3]),
         ("ddpm", steps["ddim"], {}, 6.0, free[0]),
     ]
     made: list[Request] = []
     for number in range(2 * len(kinds)):
         name, count, options, scale, cfg = kinds[number % len(kinds)]
-        table = sampler.table(count, name, **options)
         guidance = sampler.classifier_guidance(scale)
-        request = sampler.requests(1, table, number % 4, seed=90 + number, guidance=guidance, cfg_scale=cfg)[0]
+        chosen = SamplingOptions(steps=count, sampler=name, labels=number % 4, seed=90 + number, **options)
+        request = sampler.requests(1, chosen, guidance=guidance, guidance_scale=cfg)[0]
         made.append(dataclasses.replace(request, index=number))
     return made
 
@@ -63,11 +63,11 @@ def check(bundle: Bundle, backend: str, steps: dict[str, int], batch_sizes: tupl
     sampler = Sampler.open(bundle, backend, "fp32", threads=1)
     guidance = sampler.classifier_guidance(1.0)
     requests = requests_of(sampler, steps)
-    alone = {r.index: finished(sampler.run([r], guidance))[r.index] for r in requests}
+    alone = {r.index: finished(sampler.run([r], guidance.guide))[r.index] for r in requests}
     assert len({image.numpy().tobytes() for image in alone.values()}) == len(requests)
     order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(0)).tolist()
     for batch_size in batch_sizes:
-        together = finished(sampler.run([requests[i] for i in order], guidance, batch_size=batch_size))
+        together = finished(sampler.run([requests[i] for i in order], guidance.guide, batch_size=batch_size))
         assert together.keys() == alone.keys()
         differ = [i for i in alone if not torch.equal(together[i], alone[i])]
         assert not differ, f"batch size {batch_size}: images {differ} differ from those made alone"

@@ -28,7 +28,9 @@ from engine.errors import BackendError, RequestError
 from engine.networks.classifier import AutogradGuide
 from engine.networks.config import UNetConfig
 from engine.networks.inputs import Conditions
-from engine.sampling.sampler import Request, Sampler, Slots
+from engine.sampling.requests import Request
+from engine.sampling.sampler import Sampler
+from engine.sampling.slots import Slots
 
 
 @pytest.mark.parametrize("options", SAMPLERS.values(), ids=SAMPLERS)
@@ -38,7 +40,7 @@ def test_a_seed_is_an_image(options):
     whole = sampler.sample(8, steps=5, seed=40, batch_size=8, **options)
     assert whole.dtype == torch.float32
     assert whole.shape == (8, 1, 4, 4)
-    raw = finished(sampler.run(sampler.requests(8, sampler.table(5, **options), seed=40)))
+    raw = finished(sampler.run(sampler.requests(8, table=sampler.table(steps=5, **options), seed=40)))
     assert len({image.numpy().tobytes() for image in raw.values()}) == 8
     for batch_size in (1, 3, 5, 16):
         assert torch.equal(sampler.sample(8, steps=5, seed=40, batch_size=batch_size, **options), whole)
@@ -56,13 +58,13 @@ def test_a_seed_is_an_image_beside_other_requests():
     kinds += [("dpmpp", 6, {}), ("dpmpp", 3, {}), ("plms", 6, {})]
     requests: list[Request] = []
     for kind, (name, steps, options) in enumerate(kinds):
-        table = sampler.table(steps, name, **options)
-        made = sampler.requests(3, table, seed=100 * kind, guidance=guidance if kind % 2 else None)
+        table = sampler.table(steps=steps, sampler=name, **options)
+        made = sampler.requests(3, table=table, seed=100 * kind, guidance=guidance if kind % 2 else None)
         requests += [dataclasses.replace(r, index=len(requests) + i) for i, r in enumerate(made)]
     mixed = [requests[i] for i in np.random.default_rng(0).permutation(len(requests))]
-    alone = {r.index: finished(sampler.run([r], guidance))[r.index] for r in requests}
+    alone = {r.index: finished(sampler.run([r], guidance.guide))[r.index] for r in requests}
     for batch_size in (2, 4, 7):
-        together = finished(sampler.run(mixed, guidance, batch_size=batch_size))
+        together = finished(sampler.run(mixed, guidance.guide, batch_size=batch_size))
         assert together.keys() == alone.keys()
         assert all(torch.equal(together[i], alone[i]) for i in alone)
 
@@ -87,7 +89,7 @@ def test_results_lie_in_the_range_of_images():
         backend.manifest, diffusion=dataclasses.replace(backend.manifest.diffusion, clip=None)
     )
     sampler = Sampler(backend)
-    raw = finished(sampler.run(sampler.requests(4, sampler.table(3, "ddim"))))
+    raw = finished(sampler.run(sampler.requests(4, table=sampler.table(steps=3, sampler="ddim"))))
     assert max(x.abs().max() for x in raw.values()) > 1
     images = sampler.sample(4, steps=3)
     assert torch.equal(images, torch.stack([raw[i] for i in range(4)]).clamp(-1, 1))
@@ -128,7 +130,7 @@ def test_slots_are_refilled():
     sampler.sample(5, steps=3, batch_size=2)
     assert [len(t) for t in backend.timesteps] == [2] * 6 + [1] * 3
     backend.timesteps.clear()
-    long, short = sampler.table(6, "ddim"), sampler.table(2, "ddim")
+    long, short = sampler.table(steps=6, sampler="ddim"), sampler.table(steps=2, sampler="ddim")
     requests = [Request(0, long, 0)] + [Request(i, short, i) for i in (1, 2, 3)]
     taken: list[int] = []
 
@@ -175,10 +177,10 @@ def test_images_at_different_steps_share_a_call():
     backend = Elementwise(PLAIN)
     sampler = Sampler(backend)
     slots = Slots(backend, 2)
-    slots.enter(0, Request(0, sampler.table(4, "ddim"), 0))
+    slots.enter(0, Request(0, sampler.table(steps=4, sampler="ddim"), 0))
     slots.step()
     assert slots.free == [1]
-    slots.enter(1, Request(1, sampler.table(2, "ddim"), 1))
+    slots.enter(1, Request(1, sampler.table(steps=2, sampler="ddim"), 1))
     slots.step()
     assert backend.timesteps == [[99.0], [66.0, 99.0]]
     assert not slots.is_empty
@@ -266,13 +268,14 @@ def test_guidance_scale_0_is_no_guidance(options):
 def test_only_the_guided_images_of_a_batch_are_guided():
     sampler, guide = Sampler(Elementwise(LABELLED)), CountingGuide()
     guidance = ClassifierGuidance(guide, 1.5)
-    table = sampler.table(4, "ddpm")
-    plain = sampler.requests(2, table, labels=[1, 2], seed=5)
-    guided = sampler.requests(2, table, labels=[1, 2], seed=5, guidance=guidance)
-    mixed = finished(sampler.run([plain[0], guided[1]], guidance))
-    assert guide.calls[0] == ([1, 2], [0.0, 1.5])
+    table = sampler.table(steps=4, sampler="ddpm")
+    plain = sampler.requests(2, table=table, labels=[1, 2], seed=5)
+    guided = sampler.requests(2, table=table, labels=[1, 2], seed=5, guidance=guidance)
+    mixed = finished(sampler.run([plain[0], guided[1]], guidance.guide))
+    # An image without guidance has no class for the classifier, and a scale of 0.
+    assert guide.calls[0] == ([0, 2], [0.0, 1.5])
     assert torch.equal(mixed[0], finished(sampler.run(plain))[0])
-    assert torch.equal(mixed[1], finished(sampler.run(guided, guidance))[1])
+    assert torch.equal(mixed[1], finished(sampler.run(guided, guidance.guide))[1])
     assert not torch.equal(mixed[1], finished(sampler.run(plain))[1])
 
 
@@ -321,13 +324,13 @@ def test_condition_images():
     """Low-resolution images are brought to the network's size, bilinear, one for each image."""
     sampler = Sampler(Elementwise(SUPER))
     low = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    images = sampler.sample(3, steps=3, cond=low, seed=1, batch_size=2)
+    images = sampler.sample(3, steps=3, image=low, seed=1, batch_size=2)
     full = F.interpolate(low, (8, 8), mode="bilinear", align_corners=False)
-    assert torch.equal(images, sampler.sample(3, steps=3, cond=full, seed=1))
-    assert torch.equal(images, sampler.sample(3, steps=3, cond=full.double(), seed=1))
+    assert torch.equal(images, sampler.sample(3, steps=3, image=full, seed=1))
+    assert torch.equal(images, sampler.sample(3, steps=3, image=full.double(), seed=1))
     for i in range(3):
-        assert torch.equal(sampler.sample(1, steps=3, cond=low[i : i + 1], seed=1 + i)[0], images[i])
-    assert not torch.equal(sampler.sample(3, steps=3, cond=low.flip(0), seed=1), images)
+        assert torch.equal(sampler.sample(1, steps=3, image=low[i : i + 1], seed=1 + i)[0], images[i])
+    assert not torch.equal(sampler.sample(3, steps=3, image=low.flip(0), seed=1), images)
 
 
 def sample(config: UNetConfig, n: int = 2, **options: Any) -> Tensor:
@@ -354,7 +357,7 @@ REFUSALS = {
     "dpmpp adds no noise; leave eta and variance out": lambda: sample(PLAIN, sampler="dpmpp", eta=0.5),
     "plms adds no noise; leave eta": lambda: sample(PLAIN, sampler="plms", eta=0.5),
     "goes along the unlabelled eps, which dpmpp does not; use ddim": lambda: sample(
-        LABELLED, sampler="dpmpp", cfg_scale=ClassifierFreeGuidance(2.0, plus_plus=True)
+        LABELLED, sampler="dpmpp", guidance_scale=ClassifierFreeGuidance(2.0, plus_plus=True)
     ),
     "dpmpp adds no noise; leave eta": lambda: sample(PLAIN, sampler="dpmpp", variance=Variance.FIXED_SMALL),
     "eta must lie between 0 and 1, got -1": lambda: sample(PLAIN, eta=-1),
@@ -379,11 +382,11 @@ REFUSALS = {
     "classifier reads 3 channels .* use the classifier trained for it": lambda: sample(
         PLAIN, guidance=guidance(channels=3)
     ),
-    "takes no condition image; leave cond out": lambda: sample(PLAIN, cond=torch.zeros(2, 1, 4, 4)),
-    r"takes a condition image for each image: cond \[2, 3, h, w\], got nothing": lambda: sample(SUPER),
-    r"cond \[2, 3, h, w\], got shape \(1, 3, 4, 4\)": lambda: sample(SUPER, cond=torch.zeros(1, 3, 4, 4)),
-    r"got shape \(2, 1, 4, 4\)": lambda: sample(SUPER, cond=torch.zeros(2, 1, 4, 4)),
-    r"got shape \(2, 3, 4\)": lambda: sample(SUPER, cond=torch.zeros(2, 3, 4)),
+    "takes no condition image; leave image out": lambda: sample(PLAIN, image=torch.zeros(2, 1, 4, 4)),
+    r"takes a condition image for each image: image \[2, 3, h, w\], got nothing": lambda: sample(SUPER),
+    r"image \[2, 3, h, w\], got shape \(1, 3, 4, 4\)": lambda: sample(SUPER, image=torch.zeros(1, 3, 4, 4)),
+    r"got shape \(2, 1, 4, 4\)": lambda: sample(SUPER, image=torch.zeros(2, 1, 4, 4)),
+    r"got shape \(2, 3, 4\)": lambda: sample(SUPER, image=torch.zeros(2, 3, 4)),
 }
 
 
@@ -394,7 +397,7 @@ def test_refusals(message):
 
 
 def a_table(config: UNetConfig) -> StepTable:
-    return Sampler(Elementwise(config)).table(2, "ddim")
+    return Sampler(Elementwise(config)).table(steps=2, sampler="ddim")
 
 
 def test_refusals_of_a_slot():
@@ -402,7 +405,7 @@ def test_refusals_of_a_slot():
     slots.enter(0, Request(0, a_table(PLAIN), 0))
     with pytest.raises(RequestError, match="slot 0 is taken"):
         slots.enter(0, Request(1, a_table(PLAIN), 1))
-    with pytest.raises(RequestError, match="this network takes a condition image; pass cond"):
+    with pytest.raises(RequestError, match="this network takes a condition image; pass image"):
         Slots(Elementwise(SUPER), 1).enter(0, Request(0, a_table(SUPER), 0))
 
 

@@ -12,21 +12,23 @@ import pytest
 import torch
 from device_fakes import CapturableElementwise, CapturableGuide, RecordingDevice
 from device_slots import slots_of
-from elementwise import LABELLED, PLAIN, SUPER, Elementwise, finished
+from elementwise import LABELLED, PLAIN, SUPER, Elementwise, finished, guided
 from graph_cases import CFG, SAME
+from torch import Tensor
 
-from engine.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance, guided_out, guided_outs
+from engine.diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from engine.diffusion.noise import INPAINTING, NOISE, normal
 from engine.errors import RequestError
 from engine.sampling.device_state import HostSlots
 from engine.sampling.graph_slots import GraphSlots
 from engine.sampling.sampler import Sampler
+from engine.sampling.step import guidance_numbers, guided_out
 from engine.sampling.step_program import Variant
 from kernels.philox import philox_normal
 
 
 def fill(slots: GraphSlots, sampler: Sampler, steps: int = 5, **options: Any) -> None:
-    requests = sampler.requests(slots.capacity, sampler.table(steps, "ddim"), **options)
+    requests = sampler.requests(slots.capacity, table=sampler.table(steps=steps, sampler="ddim"), **options)
     for slot, request in zip(slots.free, requests, strict=True):
         slots.enter(slot, request)
 
@@ -59,10 +61,10 @@ def test_one_capture_then_replays_only():
 def test_a_graph_for_each_variant_once():
     """With or without gradient, with or without doubling; images at their rows choose among them."""
     backend, device, guide = CapturableElementwise(LABELLED), RecordingDevice(), CapturableGuide()
-    slots = slots_of(device, backend, 2, guide=guide, guide_interval=(40.0, 99.0))
+    slots = slots_of(device, backend, 2, guide=guide)
     sampler, guidance = Sampler(backend), ClassifierGuidance(guide, 1.0, (40.0, 99.0))
     for _ in range(3):
-        fill(slots, sampler, 20, guidance=guidance, cfg_scale=ClassifierFreeGuidance(2.0, interval=(20.0, 70.0)))
+        fill(slots, sampler, 20, guidance=guidance, guidance_scale=ClassifierFreeGuidance(2.0, interval=(20.0, 70.0)))
         while not slots.is_empty:
             slots.step()
     assert set(slots.captured) == {
@@ -93,7 +95,9 @@ def test_shadow_rows_are_the_devices():
     """At every step; a finished slot rests until it is filled again, and changes nothing."""
     backend = CapturableElementwise(LABELLED)
     slots, sampler = slots_of(RecordingDevice(), backend, 3), Sampler(backend)
-    made = [sampler.requests(1, sampler.table(steps, "ddpm"), seed=steps)[0] for steps in (2, 5, 3, 4)]
+    made = [
+        sampler.requests(1, table=sampler.table(steps=steps, sampler="ddpm"), seed=steps)[0] for steps in (2, 5, 3, 4)
+    ]
     for slot, request in enumerate(made[:3]):
         slots.enter(slot, request)
     resting = []
@@ -133,15 +137,24 @@ def test_noise_on_the_device_is_that_of_the_host(stream):
     assert np.mean(got.numpy() != expected) < 1e-2
 
 
+def guided_by_hand(labelled: Tensor, without: Tensor, cfg: ClassifierFreeGuidance) -> Tensor:
+    """The lines of ClassifierFreeGuidance for one image [C, H, W], in float64."""
+    labelled, without = labelled.double(), without.double()
+    update = labelled - without
+    update = update - (1 - cfg.parallel) * (update * labelled).sum() / labelled.square().sum() * labelled
+    out = labelled + (cfg.scale - 1) * update
+    return out * (cfg.rescale * labelled.std() / out.std() + 1 - cfg.rescale)
+
+
 def test_guidance_of_a_batch_is_that_of_each_image():
     labelled, without = torch.randn(2, 7, 4, 5, 5, generator=torch.Generator().manual_seed(0)).unbind()
-    chosen = list(CFG.values())
-    numbers = torch.tensor([[cfg.scale, cfg.rescale, cfg.parallel] for cfg in chosen])
-    is_active = torch.tensor([i != 2 for i in range(7)])
-    got = guided_outs(labelled, without, is_active, numbers[:, 0], (numbers[:, 1], numbers[:, 2]), 2)
+    chosen = [*CFG.values(), ClassifierFreeGuidance(2.5, 0.7, 0.3)][:7]
+    numbers = torch.tensor([guidance_numbers(cfg) for cfg in chosen])
+    got = guided_out(labelled[: len(chosen)], without[: len(chosen)], numbers[:, 0], (numbers[:, 1], numbers[:, 2]), 2)
     for i, cfg in enumerate(chosen):
-        expected = labelled[i] if i == 2 else guided_out(labelled[i], without[i], cfg, 2)
-        torch.testing.assert_close(got[i], expected, **SAME)
+        torch.testing.assert_close(got[i, :2], guided_by_hand(labelled[i, :2], without[i, :2], cfg).float(), **SAME)
+        assert torch.equal(got[i, 2:], labelled[i, 2:])
+        assert torch.equal(got[i], guided(labelled[i], without[i], cfg, 2))
 
 
 def test_tables_take_the_place_of_tables_that_nobody_uses():
@@ -149,13 +162,13 @@ def test_tables_take_the_place_of_tables_that_nobody_uses():
     backend, device = CapturableElementwise(PLAIN), RecordingDevice()
     slots, sampler = slots_of(device, backend, 2), Sampler(backend)
     rows = len(slots._state.arena)
-    long = sampler.requests(1, sampler.table(100, "ddim"), seed=1)[0]
+    long = sampler.requests(1, table=sampler.table(steps=100, sampler="ddim"), seed=1)[0]
     slots.enter(0, long)
     placed = slots._placed[0]
     for number in range(2 * rows // 100):
-        slots.enter(1, sampler.requests(1, sampler.table(100, "ddim"), seed=number)[0])
+        slots.enter(1, sampler.requests(1, steps=100, eta=(number + 1) / 1000, seed=number)[0])
         assert slots._placed[1].first > placed.last or slots._placed[1].last < placed.first
-        slots._leave(1)
+        slots.leave(1)
     while not slots.is_empty:
         last = slots.step()
     expected = finished(Sampler(Elementwise(PLAIN)).run([long]))[0]
@@ -169,7 +182,7 @@ ENTER = {
     "slot 0 is taken": lambda slots, request: (slots.enter(0, request), slots.enter(0, request)),
     "both or neither": lambda slots, request: slots.enter(0, dataclasses.replace(request, known=torch.zeros(1, 4, 4))),
     "needs a label that means none": lambda slots, request: slots.enter(
-        0, dataclasses.replace(request, cfg=ClassifierFreeGuidance(2.0))
+        0, dataclasses.replace(request, free_guidance=ClassifierFreeGuidance(2.0))
     ),
 }
 
@@ -177,8 +190,8 @@ ENTER = {
 @pytest.mark.parametrize("message", ENTER)
 def test_refusals(message):
     backend = CapturableElementwise(PLAIN)
-    request = Sampler(backend).requests(1, Sampler(backend).table(2, "ddim"))[0]
+    request = Sampler(backend).requests(1, table=Sampler(backend).table(steps=2, sampler="ddim"))[0]
     with pytest.raises(RequestError, match=message):
         ENTER[message](slots_of(RecordingDevice(), backend, 1), request)
-    with pytest.raises(RequestError, match="pass cond"):
+    with pytest.raises(RequestError, match="pass image"):
         slots_of(RecordingDevice(), CapturableElementwise(SUPER), 1).enter(0, request)

@@ -21,8 +21,10 @@ from engine.errors import RequestError
 from engine.networks.config import UNetConfig
 from engine.networks.inputs import UNCONDITIONED, Conditions
 from engine.sampling.likelihood import variational_bound
-from engine.sampling.options import great_circle
-from engine.sampling.sampler import Request, Sampler, Slots
+from engine.sampling.requests import Request
+from engine.sampling.sampler import Sampler
+from engine.sampling.slots import Slots
+from engine.sampling.starts import great_circle
 
 ABAR = cosine_schedule(100).alphas_cumprod
 
@@ -50,7 +52,7 @@ class Gaussian(Elementwise):
 def test_stream_is_sample_step_by_step(options):
     sampler = Sampler(Elementwise(LABELLED))
     images = sampler.sample(3, steps=4, seed=7, **options)
-    rows = len(sampler.table(4, **options))
+    rows = len(sampler.table(steps=4, **options))
     seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for preview in sampler.stream(3, steps=4, seed=7, batch_size=2, **options):
         seen[preview.index].append(preview.step)
@@ -77,7 +79,7 @@ def test_stream_works_step_by_step():
 def test_progressive_ends_in_sample(options):
     sampler = Sampler(Elementwise(LABELLED))
     progress = sampler.progressive(3, steps=4, seed=7, batch_size=2, **options)
-    assert progress.x.shape == progress.x0.shape == (3, len(sampler.table(4, **options)), 1, 4, 4)
+    assert progress.x.shape == progress.x0.shape == (3, len(sampler.table(steps=4, **options)), 1, 4, 4)
     assert torch.equal(progress.x[:, -1].clamp(-1, 1), sampler.sample(3, steps=4, seed=7, **options))
     for preview in sampler.stream(3, steps=4, seed=7, **options):
         assert torch.equal(progress.x0[preview.index, preview.step - 1].clamp(-1, 1), preview.x0)
@@ -167,7 +169,7 @@ def test_img2img_on_gaussian_data(options):
         distances.append(float((result - images).square().mean().sqrt()))
     # A DDPM of large variance forgets the image in a fifth of the steps.
     assert distances[0] < 0.05 < min(distances[1:]), distances
-    table = sampler.table(50, options["sampler"]).last(7)
+    table = sampler.table(steps=50, sampler=options["sampler"]).last(7)
     assert len(table) == 7
     assert table.R[0] == 0
 
@@ -192,7 +194,7 @@ def test_inpainting_keeps_what_is_known():
 def test_the_known_part_is_noised_to_the_level_of_each_step():
     """sqrt(abar) known + sqrt(1 - abar) z', z' of stream 1 and the step's draw; half a mask mixes the two."""
     sampler, images = Sampler(Elementwise(PLAIN)), pictures(1)
-    plan = sampler.requests(1, sampler.table(5, "ddim"), seed=4)
+    plan = sampler.requests(1, table=sampler.table(steps=5, sampler="ddim"), seed=4)
     mask = torch.zeros(1, 4, 4)
     mask[:, 0] = 0.5
     request = dataclasses.replace(plan[0], known=images[0], mask=mask)
@@ -212,7 +214,7 @@ def test_the_known_part_is_noised_to_the_level_of_each_step():
 
 def test_a_known_image_changes_no_batch_mate():
     sampler, images = Sampler(Elementwise(PLAIN)), pictures(2)
-    requests = sampler.requests(2, sampler.table(4, "ddpm"))
+    requests = sampler.requests(2, table=sampler.table(steps=4, sampler="ddpm"))
     known = dataclasses.replace(requests[0], known=images[0], mask=torch.zeros(1, 4, 4))
     alone = [s.x_prev for s in sampler.run([requests[1]])]
     together = [s.x_prev for s in sampler.run([known, requests[1]]) if s.request.index == 1]
@@ -265,7 +267,7 @@ REFUSALS = {
         "nll", pictures(), config=dataclasses.replace(SELF_CONDITIONED, self_condition=True)
     ),
     "a known image and its mask belong together": lambda: Slots(Elementwise(PLAIN), 1).enter(
-        0, Request(0, Sampler(Elementwise(PLAIN)).table(2, "ddim"), 0, known=pictures()[0])
+        0, Request(0, Sampler(Elementwise(PLAIN)).table(steps=2, sampler="ddim"), 0, known=pictures()[0])
     ),
     "batch_size is 0; expected 1 or more": lambda: made("nll", pictures(), batch_size=0),
 }
