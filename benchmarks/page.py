@@ -38,14 +38,6 @@ _ABOUT = {
     "export_cost": "From checkpoint to verified bundle, each in a process of its own; single runs, so no ratios.",
 }
 
-_METHOD = """\
-Variants take turns (A B B A) in one process, so that a busy machine meets all of them alike. A ratio is the median over
-rounds, with an interval of 99 % confidence by bootstrap; where that holds 1, the verdict is "no difference". Beside
-every time stands the error or the quality of what was computed, with shapes, precision, warm-up, median and spread. A
-report is red (exit status 1) where a backend computes in another precision than it says, an error is above its limit,
-or the backend that `auto` takes is slower than another one. Every figure comes from a JSON file of one form,
-`benchmarks/core/schema.json`."""
-
 
 def read_reports(folder: Path) -> dict[str, Report]:
     """Every report of a folder by its file's name without suffix, in ORDER.
@@ -77,7 +69,7 @@ def overview(reports: Mapping[str, Report], folder: str, notes: str = "") -> str
     if "peers" in reports:
         lines += [f"![Images/s of this engine and of what one would use instead]({folder}/peers.png)", ""]
         lines += [headline(reports["peers"]), ""]
-    lines += ["## How it is measured", "", _METHOD, "", "## Everything that was measured", ""]
+    lines += ["## Everything that was measured", ""]
     lines += [
         f"- [{_title(name, report)}]({folder}/{TABLES}#{_anchor(name, report)}): {_ABOUT[report.benchmark]}"
         for name, report in reports.items()
@@ -152,16 +144,15 @@ def headline(peers: Report) -> str:
     ours = peers.comparisons[0].baseline if peers.comparisons else str(peers.rows[0].case["contender"])
     ways = list(dict.fromkeys(row.case["guided"] for row in peers.rows))
     found = {(str(row.case["contender"]), row.case["guided"]): row for row in peers.rows}
-    header = [""]
+    header = ["", "precision"]
     for way in ways:
-        header += ["images/s, guided" if way else "images/s", "time / ours"]
+        header += ["guided: images/s" if way else "images/s", "time / ours"]
     lines = []
     for name in (ours, *HEADLINE):
         rows = [found.get((name, way)) for way in ways]
-        if not any(rows):
+        if all(row is None for row in rows):
             continue
-        precision = next(str(row.case["precision"]) for row in rows if row is not None)
-        cells = [f"**{name}**" if name == ours else f"{name} ({precision})"]
+        cells = [f"**{name}**" if name == ours else name, next(str(row.case["precision"]) for row in rows if row)]
         for way, row in zip(ways, rows, strict=True):
             cells += _cells(row, ratios.get((name, way)))
         lines.append(cells)

@@ -58,17 +58,17 @@ def test_the_pages_and_the_block_come_from_the_files(tmp_path):
     assert page.main([str(reports), "--page", str(tmp_path / "page.md"), "--readme", str(readme)]) == 0
     first = (tmp_path / "page.md").read_text()
     table = [
-        "|  | images/s | time / ours | images/s, guided | time / ours |",
-        "| --- | --- | --- | --- | --- |",
-        f"| **{OURS}** | **4** | 1 | **2** | 1 |",
-        "| PyTorch eager (fp32) | 1 | 4.00 (3.90 to 4.12) | 0.25 | 8.00 (7.90 to 8.12) |",
-        "| diffusers (fp32) | 0.5 | 8.00 (7.50 to 8.50) | - | - |",
+        "|  | precision | images/s | time / ours | guided: images/s | time / ours |",
+        "| --- | --- | --- | --- | --- | --- |",
+        f"| **{OURS}** | bf16 | **4** | 1 | **2** | 1 |",
+        "| PyTorch eager | fp32 | 1 | 4.00 (3.90 to 4.12) | 0.25 | 8.00 (7.90 to 8.12) |",
+        "| diffusers | fp32 | 0.5 | 8.00 (7.50 to 8.50) | - | - |",
     ]
     start = ["# Benchmarks", "", "![Images/s of this engine and of what one would use instead](reports/peers.png)", ""]
     assert first.splitlines()[: len(start) + len(table) + 1] == [*start, *table, ""]
     assert "(reports/tables.md#peers-digits)" in first
     assert first.endswith("\n\n## Why\n\nIt was busy.\n")
-    assert max(line.count("|") for line in first.splitlines()) == 6
+    assert max(line.count("|") for line in first.splitlines()) == 7
     tables = (reports / "tables.md").read_text()
     assert "\n## peers: digits\n" in tables
     assert f"| {OURS} | bf16 | 10 | False | 4 | 4 |" in tables
