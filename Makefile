@@ -9,14 +9,13 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --progress-bar off -c constraints.txt
 EXTRAS := onnx,cpu,trt,train,bench,docs,dev
 
-# Its metadata asks for torchvision, which nothing here needs and which would replace torch by a CUDA build.
-NO_DEPS := denoising-diffusion-pytorch
-# What it needs apart from that.
+# Their metadata asks for torchvision, which nothing here needs and which would replace torch by a CUDA build.
+NO_DEPS := denoising-diffusion-pytorch torch-fidelity
+# What the first needs apart from that.
 NO_DEPS_NEED := einops ema-pytorch accelerate scipy
 
-# What assets/digits.pt does not hold (assets/MODEL_CARD.md).
-DIGITS_FACTS := --family openai-guided --image-size 32x32 --num-head-channels 32 --noise-schedule cosine \
-    --prediction x0 --null-class 10
+# What assets/digits.pt does not hold (assets/MODEL_CARD.md), as arguments of an export.
+DIGITS_FACTS := $$($(PY) -m judging.digits)
 TARGETS := sm86,sm89,sm120
 
 # Reference data of the original implementations, where it lies beside the checkout.

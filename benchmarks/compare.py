@@ -17,8 +17,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import EXIT_RED, Comparison, Report, print_table, read_report
-from benchmarks.stats import Ratio
+from benchmarks.core.report import EXIT_RED, Comparison, Report, case_text, read_report
+from benchmarks.core.stats import Ratio
+from benchmarks.core.terminal import print_table
 from engine.cli.command import run_command
 from engine.errors import RequestError
 
@@ -93,7 +94,7 @@ def slower_baselines(pairs: Sequence[Pair]) -> list[str]:
     """Baselines, with their case, beside which two or more variants got faster and none did not."""
     groups: dict[tuple[object, ...], list[Pair]] = {}
     for pair in pairs:
-        groups.setdefault((case_text(pair.new), pair.new.baseline), []).append(pair)
+        groups.setdefault((case_text(pair.new.case), pair.new.baseline), []).append(pair)
     return [
         f"{baseline} ({case})"
         for (case, baseline), group in groups.items()
@@ -101,15 +102,10 @@ def slower_baselines(pairs: Sequence[Pair]) -> list[str]:
     ]
 
 
-def case_text(comparison: Comparison) -> str:
-    """The case on one line."""
-    return " ".join(f"{name}={value}" for name, value in comparison.case.items())
-
-
 def only_in(one: Report, other: Report) -> list[str]:
     """Comparisons that the other report lacks."""
     keys = {comparison.key for comparison in other.comparisons}
-    return [f"{c.variant} / {c.baseline} ({case_text(c)})" for c in one.comparisons if c.key not in keys]
+    return [f"{c.variant} / {c.baseline} ({case_text(c.case)})" for c in one.comparisons if c.key not in keys]
 
 
 def environment_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -144,7 +140,7 @@ def print_pairs(pairs: Sequence[Pair]) -> None:
     for pair in pairs:
         low, high = pair.interval
         texts = (
-            case_text(pair.new),
+            case_text(pair.new.case),
             f"{pair.new.variant} / {pair.new.baseline}",
             f"{pair.old.ratio.value:.3f}",
             f"{pair.new.ratio.value:.3f}",
@@ -171,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for text, change in (("slower", Change.SLOWER), ("faster", Change.FASTER)):
             for pair in pairs:
                 if pair.change is change:
-                    print(f"{text}: {pair.new.variant} beside {pair.new.baseline} ({case_text(pair.new)})")
+                    print(f"{text}: {pair.new.variant} beside {pair.new.baseline} ({case_text(pair.new.case)})")
         baselines = slower_baselines(pairs)
         for name in baselines:
             print(f"slower: {name}, for every variant got faster beside it")

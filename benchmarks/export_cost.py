@@ -2,11 +2,10 @@
 
     python -m benchmarks.export_cost --short --keep build/bench         # two networks to ONNX; their bundles stay
     python -m benchmarks.export_cost --models ddpm-cifar10,adm-64 --targets sm86
-    python -m benchmarks.export_cost --checkpoint ckpt.pt --image-size 64 --num-head-channels 64
 
 Every export is `python -m export.to_onnx` or `python -m export.to_trt` in a process of its own, which writes into a
 temporary folder; plans are built anew, without the cache. Time varies with what else the machine does, and an export
-is measured once unless --repeat says otherwise, so that no ratio is claimed.
+is measured once, so that no ratio is claimed.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import importlib.util
 import logging
 import math
 import shutil
-import statistics
 import sys
 import tempfile
 from argparse import Namespace
@@ -26,23 +24,24 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.environment import cpu, environment
-from benchmarks.export_models import DIGITS, NAMES, Model, given_model, make_model, parse_models
-from benchmarks.export_picture import draw
-from benchmarks.export_run import PHASES, ExportRun, run_export
-from benchmarks.harness import make_parser, run_benchmark
-from benchmarks.report import Check, Missing, Report, Row
+from benchmarks.core.environment import cpu, environment
+from benchmarks.core.harness import make_parser, run_benchmark
+from benchmarks.core.pictures import draw_export_cost
+from benchmarks.core.report import Check, Missing, Report, Row
+from benchmarks.exports.export_run import PHASES, run_export
+from benchmarks.random_models import MODELS, write_random_model
 from engine.backends.trt.trt_library import PIP_LINES, RTX
 from engine.bundle.folder import Bundle, is_bundle
 from engine.bundle.manifest import WEIGHTS_NAME
-from engine.checkpoints.facts import add_fact_arguments, facts_from_arguments
-from engine.errors import MissingPackageError, RequestError
+from engine.errors import BackendError, RequestError
 from engine.files import atomic_folder, make_folder
 from export.to_trt import parse_targets
 from export.trt.build import find_builders
 
 logger = logging.getLogger(__name__)
 
+DIGITS = "digits"
+NAMES = (DIGITS, *MODELS)
 SHORT_MODELS = (DIGITS, "ddpm-cifar10")
 DEFAULT_TARGETS = ("sm86",)
 LIMIT_FACTOR, LIMIT_BYTES = 12, 2 << 30
@@ -54,10 +53,41 @@ for other versions of the libraries, and for processors with more threads, each 
 
 
 @dataclass(frozen=True, slots=True)
+class ExportModel:
+    """A checkpoint on disk and the arguments that its export takes; classifier: those that add one, or none."""
+
+    name: str
+    checkpoint: Path
+    arguments: tuple[str, ...] = ()
+    classifier: tuple[str, ...] = ()
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of the file, or of every file in the folder."""
+        if self.checkpoint.is_file():
+            return self.checkpoint.stat().st_size
+        return sum(path.stat().st_size for path in self.checkpoint.rglob("*") if path.is_file())
+
+
+def make_model(name: str, folder: Path) -> ExportModel:
+    """One of NAMES; a random one is written into the folder.
+
+    Raises MissingPackageError without diffusers, BackendError for the digits where the repository is not there.
+    """
+    if name != DIGITS:
+        return ExportModel(name, write_random_model(folder / name, MODELS[name]))
+    try:
+        from judging import digits
+    except ImportError as error:
+        raise BackendError("the digits model is part of the repository; run this in a checkout of it") from error
+    return ExportModel(DIGITS, digits.CHECKPOINT, digits.fact_arguments(), digits.CLASSIFIER_ARGUMENTS)
+
+
+@dataclass(frozen=True, slots=True)
 class Export:
     """One way to export a model. what: for a reader. module: export.to_onnx or export.to_trt."""
 
-    model: Model
+    model: ExportModel
     what: str
     module: str
     arguments: tuple[str, ...]
@@ -82,7 +112,7 @@ def memory_limit(parameters: int) -> int:
     return LIMIT_FACTOR * 4 * parameters + LIMIT_BYTES
 
 
-def exports_of(model: Model, targets: tuple[str, ...] | None, short: bool) -> list[Export]:
+def exports_of(model: ExportModel, targets: tuple[str, ...] | None, short: bool) -> list[Export]:
     """ONNX alone, with plans where there are targets, with the model's classifier; in short the last of these alone.
 
     Short exports choose 8-bit convolutions too, for what is measured of the bundles afterwards.
@@ -99,62 +129,43 @@ def exports_of(model: Model, targets: tuple[str, ...] | None, short: bool) -> li
     return [dataclasses.replace(last, what=f"{last.what} + int8", arguments=(*last.arguments, "--native-int8"))]
 
 
-def measure_export(export: Export, work: Path, repeat: int, cores: int | None, keep: Path | None) -> Result:
-    """Run an export `repeat` times, one after the other; stops at one that fails. keep: where its bundle stays."""
-    variant = f"{export.model.name}: {export.what}"
-    out, runs = work / "out.engine", list[ExportRun]()
-    for _ in range(repeat):
-        shutil.rmtree(out, ignore_errors=True)
-        run = run_export(export.command(out), work, cores)
-        if run.status:
-            return _failed(variant, run)
-        runs.append(run)
+def measure_export(export: Export, work: Path, cores: int | None, keep: Path | None) -> Result:
+    """Run an export. keep: where its bundle stays."""
+    variant, out = f"{export.model.name}: {export.what}", work / "out.engine"
+    run = run_export(export.command(out), work, cores)
+    if run.status:
+        reason = f"exit status {run.status}: {' | '.join(run.last_lines) or 'it printed nothing'}"
+        check = Check(f"{variant}: the export succeeds", False, remedy=reason)
+        return Result(None, (check,), (Missing(variant, reason),))
     parameters, bundle_bytes = _parameters(Bundle.open(out)), _folder_bytes(out)
     if keep is not None:
         with atomic_folder(keep / f"{export.model.name}.engine", is_bundle) as kept:
             shutil.copytree(out, kept, dirs_exist_ok=True)
     shutil.rmtree(out)
-    peak, limit = max(run.peak_bytes for run in runs), memory_limit(parameters)
-    row = Row(
-        {"model": export.model.name, "what": export.what},
-        {
-            "parameters": parameters,
-            "checkpoint_bytes": export.model.checkpoint_bytes,
-            "bundle_bytes": bundle_bytes,
-            "count": len(runs),
-            "wall_s": statistics.median(run.wall_s for run in runs),
-            "wall_least_s": min(run.wall_s for run in runs),
-            "wall_most_s": max(run.wall_s for run in runs),
-            "cpu_s": statistics.median(run.cpu_s for run in runs),
-            "peak_bytes": peak,
-        }
-        | {name: _median_phase(name, runs) for name in PHASES},
-    )
+    limit = memory_limit(parameters)
+    metrics = {
+        "parameters": parameters,
+        "checkpoint_bytes": export.model.checkpoint_bytes,
+        "bundle_bytes": bundle_bytes,
+        "wall_s": run.wall_s,
+        "cpu_s": run.cpu_s,
+        "peak_bytes": run.peak_bytes,
+        **{name: run.phases_s.get(name) for name in PHASES},
+    }
     return Result(
-        row,
+        Row({"model": export.model.name, "what": export.what}, metrics),
         (
             Check(f"{variant}: the export succeeds", True),
             Check(
                 f"{variant}: peak memory in bytes is bounded by the size of the weights",
-                peak <= limit,
-                peak,
+                run.peak_bytes <= limit,
+                run.peak_bytes,
                 limit,
-                f"it took {peak / 1e9:.2f} GB, more than {LIMIT_FACTOR} times the fp32 weights and "
+                f"it took {run.peak_bytes / 1e9:.2f} GB, more than {LIMIT_FACTOR} times the fp32 weights and "
                 f"{LIMIT_BYTES / 1e9:.2f} GB; look for copies that export keeps",
             ),
         ),
     )
-
-
-def _failed(variant: str, run: ExportRun) -> Result:
-    reason = f"exit status {run.status}: {' | '.join(run.last_lines) or 'it printed nothing'}"
-    check = Check(f"{variant}: the export succeeds", False, remedy=reason)
-    return Result(None, (check,), (Missing(variant, reason),))
-
-
-def _median_phase(name: str, runs: Sequence[ExportRun]) -> float | None:
-    found = [run.phases_s[name] for run in runs if name in run.phases_s]
-    return statistics.median(found) if found else None
 
 
 def _parameters(bundle: Bundle) -> int:
@@ -180,23 +191,21 @@ def usable_targets(given: tuple[str, ...] | None, short: bool) -> tuple[tuple[st
     return targets, ()
 
 
-def models_of(args: Namespace, work: Path) -> Iterator[Model | Missing]:
-    """One after the other, so that no two random checkpoints are on disk; Missing for one that cannot be made or held.
+def parse_models(text: str) -> tuple[str, ...]:
+    """Names out of "digits,adm-64"; raises RequestError."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if unknown := [name for name in names if name not in NAMES]:
+        raise RequestError(f"unknown model {', '.join(unknown)!r}; --models takes some of {','.join(NAMES)}")
+    return names
 
-    Raises RequestError, and CheckpointError for a file of the user's that is not there.
-    """
-    facts = facts_from_arguments(args)
-    if facts and args.checkpoint is None:
-        raise RequestError("facts belong to a checkpoint; give its file with --checkpoint")
-    if args.checkpoint is not None:
-        yield given_model(args.checkpoint, facts)
-        if args.models is None:
-            return
-    for name in parse_models(args.models or ",".join(SHORT_MODELS if args.short else NAMES)):
+
+def make_models(names: Sequence[str], work: Path) -> Iterator[ExportModel | Missing]:
+    """One after the other, so that no two random checkpoints are on disk; Missing for one that is too much."""
+    for name in names:
         folder = work / "models"
         try:
             model = make_model(name, folder)
-        except MissingPackageError as error:
+        except BackendError as error:
             yield Missing(name, str(error))
             continue
         wanted, there = memory_limit(model.checkpoint_bytes // 4), cpu()["memory_bytes"]
@@ -209,22 +218,21 @@ def models_of(args: Namespace, work: Path) -> Iterator[Model | Missing]:
 
 
 def measure(args: Namespace, command: str) -> Report:
-    """Every export of every model; raises RequestError, CheckpointError or ExportError for wrong arguments."""
-    if args.repeat < 1:
-        raise RequestError(f"--repeat is {args.repeat}; expected 1 or more")
+    """Every export of every model; raises RequestError or ExportError for wrong arguments."""
+    names = parse_models(args.models or ",".join(SHORT_MODELS if args.short else NAMES))
     targets, missing = usable_targets(args.targets, args.short)
     if args.keep is not None:
         make_folder(args.keep)
     found, absent = list[Result](), list(missing)
     with tempfile.TemporaryDirectory() as folder, tqdm(disable=not sys.stderr.isatty(), unit="export") as bar:
         work = Path(folder)
-        for model in models_of(args, work):
+        for model in make_models(names, work):
             if isinstance(model, Missing):
                 absent.append(model)
                 continue
             for export in exports_of(model, targets, args.short):
                 bar.set_description(f"{model.name}: {export.what}")
-                found.append(measure_export(export, work, args.repeat, args.threads, args.keep))
+                found.append(measure_export(export, work, args.threads, args.keep))
                 logger.info("%s: %s: %s", model.name, export.what, _outcome(found[-1]))
                 bar.update()
     return Report(
@@ -234,11 +242,10 @@ def measure(args: Namespace, command: str) -> Report:
         subject={"name": ", ".join(dict.fromkeys(str(r.row.case["model"]) for r in found if r.row is not None))},
         settings={
             "short": args.short,
-            "repeat": args.repeat,
             "targets": list(targets or ()),
             "memory_limit_factor": LIMIT_FACTOR,
             "memory_limit_bytes": LIMIT_BYTES,
-            "note": "each figure is one measurement, or the median of `count`; no ratio is claimed",
+            "note": "each figure is one measurement; no ratio is claimed",
         },
         rows=[result.row for result in found if result.row is not None],
         checks=[check for result in found for check in result.checks],
@@ -258,14 +265,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = make_parser("export_cost", "Time and peak memory of exports by model size.", takes_bundle=False)
     parser.add_argument("--models", metavar="NAME,...", help=f"of {','.join(NAMES)} (default all)")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a checkpoint of yours, with its facts")
     parser.add_argument(
         "--targets", type=parse_targets, metavar="SM,...", help="plans of TensorRT-RTX for these (default sm86)"
     )
-    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="measure each export N times (default 1)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where each model's last bundle stays")
-    add_fact_arguments(parser)
-    return run_benchmark("export_cost", parser, measure, draw, argv)
+    return run_benchmark("export_cost", parser, measure, draw_export_cost, argv)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from engine.device import no_gpu
 from engine.errors import BackendError
 from engine.files import atomic_path, make_folder
 from engine.images import grid, save_png, to_uint8
+from judging.metrics import psnr
 
 BUDGET_S = 590.0
 _LINES_KEPT = 12
@@ -62,10 +62,19 @@ def parts(work: Path) -> tuple[Part, ...]:
         return Part(name, command, limit_s)
 
     # The tests take the bundle that was just built, where it was.
-    bundle = f"{gpu_parts.BUNDLE_VARIABLE}={gpu_parts.bundle_folder(work).resolve()}"
-    tests = ("env", bundle, sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests")
+    bundle_path = str(gpu_parts.bundle_folder(work).resolve())
+    variable = f"{gpu_parts.BUNDLE_VARIABLE}={bundle_path}"
+    tests = ("env", variable, sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests")
     images = [own(f"images:{backend}:{precision}", 45) for backend, precision in gpu_parts.BACKENDS]
-    return (own("build", 240), *images, own("latency", 90), Part("tests", tests, 240))
+    variants = ("--variants", "trt:fp16,eager:fp16,eager:fp32", "--batches", "1,16", "--no-memory", "--short")
+    latency = (sys.executable, "-m", "benchmarks.step_latency", bundle_path, *variants, "--seconds", "40")
+    return (
+        own("build", 240),
+        *images,
+        # Its report is the part's result.
+        Part("latency", (*latency, "--out", str(work), "--name", "latency"), 120),
+        Part("tests", tests, 240),
+    )
 
 
 def run_part(part: Part, work: Path, limit_s: float) -> Outcome:
@@ -96,10 +105,7 @@ def run_part(part: Part, work: Path, limit_s: float) -> Outcome:
 
 
 def compare(work: Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Each backend's images beside those of the reference: largest difference, and PSNR in dB over the range [-1, 1].
-
-    PSNR is 20 log10(2 / rms difference), null where nothing differs.
-    """
+    """Each backend's images beside those of the reference: largest difference, and PSNR in dB of all of them."""
     reference = _images(work, f"images:{gpu_parts.REFERENCE}", outcomes)
     if reference is None:
         return {}
@@ -108,11 +114,9 @@ def compare(work: Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         images = _images(work, outcome.name, outcomes)
         if images is None or images.shape != reference.shape:
             continue
-        difference = images.astype(np.float64) - reference
-        rms = math.sqrt(float(np.mean(difference**2)))
         found[outcome.name.partition(":")[2]] = {
-            "max_abs": float(np.abs(difference).max()),
-            "psnr_db": 20 * math.log10(2 / rms) if rms else None,
+            "max_abs": float(np.abs(images - reference).max()),
+            "psnr_db": psnr(torch.from_numpy(images), torch.from_numpy(reference)).whole,
         }
     return found
 
@@ -172,18 +176,19 @@ def report(outcomes: Sequence[Outcome], images: dict[str, Any]) -> str:
     rows = [(o.name, o.status, f"{o.seconds:.1f}") for o in outcomes]
     texts = [table(("part", "status", "seconds"), rows)]
     if images:
-        compared = [
-            (name, f"{v['max_abs']:.2e}", "equal" if v["psnr_db"] is None else f"{v['psnr_db']:.1f}")
-            for name, v in images.items()
-        ]
+        compared = [(name, f"{v['max_abs']:.2e}", f"{v['psnr_db']:.1f}") for name, v in images.items()]
         texts.append(table(("images", "max difference", "PSNR dB"), compared))
     for outcome in outcomes:
         if outcome.name == "latency" and outcome.result is not None:
             times = [
-                (name, *(f"{values[key]:.3f}" for key in ("median_ms", "p10_ms", "p90_ms")))
-                for name, values in outcome.result["steps"].items()
+                (
+                    row["case"]["variant"],
+                    str(row["case"]["batch"]),
+                    *(f"{row['metrics'][name]:.3f}" for name in ("p50_ms", "p10_ms", "p90_ms", "network_ms")),
+                )
+                for row in outcome.result["rows"]
             ]
-            texts.append(table(("step", "median ms", "p10", "p90"), times))
+            texts.append(table(("step", "batch", "median ms", "p10", "p90", "network"), times))
     return "\n\n".join(texts)
 
 

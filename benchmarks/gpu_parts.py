@@ -5,22 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.stats import spread
-from benchmarks.step_device import device_step
-from benchmarks.timing import Clock, Variant, interleave, on_stream
-from engine.backends.registry import open_backend
 from engine.backends.trt.trt_library import gpu_capability
 from engine.bundle.folder import Bundle
 from engine.cli.command import run_command
-from engine.device import Device, cuda_device
-from engine.diffusion.solvers import ddim_table
 from engine.errors import BackendError, RequestError, UNetRTError
 from engine.files import atomic_path
 from engine.sampling.sampler import Sampler
@@ -30,12 +23,7 @@ REFERENCE = "ort:fp32"
 BUNDLE_VARIABLE = "UNET_RT_GPU_BUNDLE"
 """Environment variable: the bundle of digits that the tests of a GPU take instead of building one."""
 
-_ASSETS = Path(__file__).resolve().parents[1] / "assets"
-CHECKPOINT, CLASSIFIER = _ASSETS / "digits.pt", _ASSETS / "classifier.pt"
-# What assets/digits.pt does not hold (assets/MODEL_CARD.md).
-_FACTS = "--family openai-guided --image-size 32x32 --num-head-channels 32 --noise-schedule cosine --prediction x0"
-_IMAGES, _STEPS, _BATCH = 10, 50, 16
-_WARM_UP, _ROUNDS = 20, 100
+_IMAGES, _STEPS = 10, 50
 
 
 def bundle_folder(work: Path) -> Path:
@@ -54,10 +42,11 @@ def build(work: Path, with_classifier: bool = False) -> dict[str, Any]:
     """
     from export import to_onnx, to_trt
     from export.trt.build import find_builders
+    from judging import digits
 
-    command = [str(CHECKPOINT), "--out", str(bundle_folder(work)), "--null-class", "10", *_FACTS.split()]
+    command = [str(digits.CHECKPOINT), "--out", str(bundle_folder(work)), *digits.fact_arguments()]
     if with_classifier:
-        command += ["--classifier", str(CLASSIFIER), "--classifier-fact", "num_head_channels=32"]
+        command += digits.CLASSIFIER_ARGUMENTS
     target = gpu_capability()
     try:
         builders = find_builders((target,))
@@ -80,49 +69,15 @@ def images(work: Path, backend: str, precision: str) -> dict[str, Any]:
     return {"images": len(made), "steps": _STEPS, "precision": sampler.backend.precision}
 
 
-def latency(work: Path) -> dict[str, Any]:
-    """Milliseconds of one DDIM step of a batch: each backend kernel by kernel, and as a graph."""
-    device = cuda_device()
-    steps: dict[str, Callable[[], None]] = {}
-    missing: dict[str, str] = {}
-    for backend, precision in (("eager", "fp32"), ("eager", "fp16"), ("trt", "fp16")):
-        name = f"{backend} {precision}"
-        try:
-            steps |= step_ways(name, open_backend(bundle_folder(work), backend, precision), device, _BATCH)
-        except (UNetRTError, RuntimeError) as error:
-            missing[name] = str(error)
-    if not steps:
-        raise BackendError(f"no backend could be measured: {missing}")
-    return {"batch": _BATCH, "steps": times(steps, on_stream(device.main)), "missing": missing}
-
-
-def step_ways(name: str, backend: Any, device: Device, batch: int) -> dict[str, Callable[[], None]]:
-    """One step of `batch` slots, enqueued as it is and as a replay; the slots' rows end soon, the work stays."""
-    direct = device_step(device, backend, ddim_table(backend.manifest.diffusion, _STEPS), batch).enqueue
-    direct()
-    device.synchronize()
-    graph = device.capture(direct)
-    return {name: direct, f"{name} + graph": partial(device.replay, graph)}
-
-
-def times(
-    steps: Mapping[str, Callable[[], None]], clock: Clock, warm_up: int = _WARM_UP, rounds: int = _ROUNDS
-) -> dict[str, dict[str, float]]:
-    """Median and spread of each step; they take turns, so that a change of clock meets all of them alike."""
-    taken = interleave([Variant(name, step, clock) for name, step in steps.items()], rounds, warm_up=warm_up)
-    spreads = {name: spread(series.all_ms) for name, series in taken.items()}
-    return {name: {"median_ms": s.p50_ms, "p10_ms": s.p10_ms, "p90_ms": s.p90_ms} for name, s in spreads.items()}
-
-
 def run(args: argparse.Namespace) -> None:
     """Run a part and write its result; raises RequestError for an unknown name."""
     kind, *rest = args.part.split(":")
     if kind == "images" and tuple(rest) in BACKENDS:
         result = images(args.work, *rest)
-    elif args.part in ("build", "latency"):
-        result = {"build": build, "latency": latency}[args.part](args.work)
+    elif args.part == "build":
+        result = build(args.work)
     else:
-        raise RequestError(f"unknown part {args.part!r}; known: build, latency, images:BACKEND:PRECISION")
+        raise RequestError(f"unknown part {args.part!r}; known: build, images:BACKEND:PRECISION")
     with atomic_path(args.result) as temporary:
         temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
 

@@ -19,14 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.bound_picture import draw
-from benchmarks.environment import environment
-from benchmarks.harness import make_parser, run_benchmark
-from benchmarks.kernels import parse_batches
-from benchmarks.report import Check, Comparison, Missing, Report, Row, Value
-from benchmarks.stats import paired_ratio
-from benchmarks.subject import describe_bundle, real_inputs, reference_network
-from benchmarks.timing import Variant, interleave
+from benchmarks.core.environment import environment
+from benchmarks.core.harness import make_parser, parse_numbers, run_benchmark
+from benchmarks.core.pictures import draw_native_bound
+from benchmarks.core.report import Check, Comparison, Missing, Report, Row, Value
+from benchmarks.core.stats import paired_ratio
+from benchmarks.core.subject import describe_bundle, real_inputs, reference_network
+from benchmarks.core.timing import Variant, interleave
 from engine.backends.native.lowering import build_program
 from engine.backends.native.native_backend import NativeBackend, count_cores
 from engine.backends.native.program import NONE, Builder, Code, MapShape, Operator, Program
@@ -238,7 +237,7 @@ def _rms(x: torch.Tensor) -> float:
 def measure(args: argparse.Namespace, command: str) -> Report:
     """The report of a command line; raises UNetRTError for bad input."""
     bundle = Bundle.open(args.bundle)
-    batches = parse_batches(args.batches, args.short)
+    batches = parse_numbers(args.batches, "--batches")
     threads = args.threads or count_cores()
     rounds = SHORT_ROUNDS if args.short else ROUNDS
     opened, missing = list[NativeBackend](), list[Missing]()
@@ -273,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, 1 where a check failed, 2 for bad input."""
     parser = make_parser("native_bound", "The CPU engine's whole network beside the sum of its parts.")
     parser.add_argument("--batches", default="1,8", metavar="N,...", help="batches (default 1,8)")
-    return run_benchmark("native_bound", parser, measure, draw, argv)
+    return run_benchmark("native_bound", parser, measure, draw_native_bound, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Reports as a Markdown page, and the README's table: both say what the JSON files say.
+"""Reports as Markdown: a page that opens with one picture and one small table, and all tables on a page behind it.
 
-What a reader must know beside the figures stands in the folder's notes.md, which ends the page.
+Both, and the README's table, say what the JSON files say. What a reader must know beside the figures stands in the
+folder's notes.md, which ends the first page.
 
 python -m benchmarks.page docs/benchmarks --page docs/benchmarks.md --readme README.md
 """
@@ -13,19 +14,22 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.environment import describe
-from benchmarks.report import Check, Comparison, Report, Row, Value, check_text, number, read_report
+from benchmarks.core.environment import describe
+from benchmarks.core.report import Check, Comparison, Report, Row, case_text, check_text, number, read_report
 from engine.cli.command import run_command
 from engine.errors import OutputError, RequestError
 from engine.files import atomic_path
 
 ORDER = ("peers", "step_latency", "native_bound", "quality", "kernels", "export_cost")
-NOTES = "notes.md"
+NOTES, TABLES = "notes.md", "tables.md"
 BEGIN, END = "<!-- benchmarks: begin (make bench writes this) -->", "<!-- benchmarks: end -->"
+HEADLINE = ("PyTorch eager", "torch.compile", "ONNX Runtime", "OpenVINO", "TensorRT", "diffusers")
+"""Peers of the small table, where they were measured."""
 
 _ABOUT = {
-    "peers": "End-to-end images/s of the same network in what one could use instead, step by step in turn in one run. "
-    "Ratios are time / time of ours: above 1, ours is faster.",
+    "peers": "Whole sampling calls of the same network in what one could use instead, in turn in one run, from the "
+    "same noise. psnr_db: how near the images come to this engine's in fp32. Ratios are time / time of ours: above 1, "
+    "ours is faster.",
     "step_latency": "One denoising step of a batch: network, update, noise and the host's work.",
     "native_bound": "The CPU engine's whole network beside its convolutions and attention, each alone, and a pass for "
     "each norm. Ratios are time / time of the parts.",
@@ -59,19 +63,42 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
-def page(reports: Mapping[str, Report], pictures: str, notes: str = "") -> str:
-    """The page of reports by name. pictures: path from the page to their folder. notes: what ends it."""
-    lines = ["# Benchmarks", "", "Written by `make bench`.", ""]
+def overview(reports: Mapping[str, Report], folder: str, notes: str = "") -> str:
+    """The first page. folder: path from it to the folder of the reports. notes: what ends it."""
+    lines = ["# Benchmarks", ""]
+    if "peers" in reports:
+        lines += [f"![Images/s of this engine and of what one would use instead]({folder}/peers.png)", ""]
+        lines += [headline(reports["peers"]), ""]
+    lines += ["## Everything that was measured", ""]
+    lines += [
+        f"- [{_title(name, report)}]({folder}/{TABLES}#{_anchor(name, report)}): {_ABOUT[report.benchmark]}"
+        for name, report in reports.items()
+    ]
+    return "\n".join([*lines, "", notes]).rstrip() + "\n"
+
+
+def tables(reports: Mapping[str, Report]) -> str:
+    """The page behind it, in the folder of the reports."""
+    lines = ["# Benchmarks: every table", "", "Written by `make bench`.", ""]
     for name, report in reports.items():
-        lines += _section(report, name, pictures)
-    lines += [notes]
+        lines += _section(report, name)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _section(report: Report, name: str, pictures: str) -> list[str]:
-    lines = [f"## {name}: {report.subject['name']}", "", _ABOUT.get(report.benchmark, ""), ""]
+def _title(name: str, report: Report) -> str:
+    return f"{name}: {report.subject['name']}"
+
+
+def _anchor(name: str, report: Report) -> str:
+    """Of a heading, as GitHub and mkdocs make it."""
+    kept = (char if char.isalnum() or char in "-_ " else "" for char in _title(name, report).lower())
+    return "".join(kept).replace(" ", "-")
+
+
+def _section(report: Report, name: str) -> list[str]:
+    lines = [f"## {_title(name, report)}", "", _ABOUT[report.benchmark], ""]
     lines += [f"    {report.command}", "", f"{report.date[:10]}; {describe(dict(report.environment))}.", ""]
-    lines += [f"![{name}]({pictures}/{name}.png)", ""]
+    lines += [f"![{name}]({name}.png)", ""]
     lines += [*_row_table(report.rows), ""]
     if report.comparisons:
         lines += [*_comparison_table(report.comparisons), ""]
@@ -93,7 +120,7 @@ def _row_table(rows: Sequence[Row]) -> list[str]:
 def _comparison_table(comparisons: Sequence[Comparison]) -> list[str]:
     cells = (
         (
-            " ".join(f"{name} {value}" for name, value in c.case.items()) or "-",
+            case_text(c.case) or "-",
             c.variant,
             c.baseline,
             f"{c.ratio.value:.3f}",
@@ -112,36 +139,40 @@ def _check_lines(checks: Sequence[Check]) -> list[str]:
 
 
 def headline(peers: Report) -> str:
-    """The README's table: images/s of every contender for each way of sampling, and the ratio to ours."""
-    settings = list(dict.fromkeys(_setting(row) for row in peers.rows))
-    names = list(dict.fromkeys(str(row.case["contender"]) for row in peers.rows))
-    found = {(str(row.case["contender"]), _setting(row)): row for row in peers.rows}
-    ratios = {(c.variant, _named(c.case)): c for c in peers.comparisons}
-    lines = markdown_table(
-        ["images/s", *settings],
-        ([name, *(_cell(found.get((name, s)), ratios.get((name, s))) for s in settings)] for name in names),
+    """The small table: images/s of this engine and of the peers of HEADLINE, unguided and guided, and the ratios."""
+    ratios = {(c.variant, c.case["guided"]): c for c in peers.comparisons}
+    ours = peers.comparisons[0].baseline if peers.comparisons else str(peers.rows[0].case["contender"])
+    ways = list(dict.fromkeys(row.case["guided"] for row in peers.rows))
+    found = {(str(row.case["contender"]), row.case["guided"]): row for row in peers.rows}
+    header = ["", "precision"]
+    for way in ways:
+        header += ["guided: images/s" if way else "images/s", "time / ours"]
+    lines = []
+    for name in (ours, *HEADLINE):
+        rows = [found.get((name, way)) for way in ways]
+        if all(row is None for row in rows):
+            continue
+        cells = [f"**{name}**" if name == ours else name, next(str(row.case["precision"]) for row in rows if row)]
+        for way, row in zip(ways, rows, strict=True):
+            cells += _cells(row, ratios.get((name, way)))
+        lines.append(cells)
+    steps, batch = peers.settings["steps"], peers.settings["batch"]
+    where = (
+        f"The {peers.subject['name']} model ({peers.subject['parameters'] / 1e6:.1f} M parameters), {steps} DDIM "
+        f"steps, batch {batch}; guided: by a classifier's gradient. {describe(dict(peers.environment))}; "
+        f"{peers.date[:10]}; `{peers.command}`."
     )
-    where = f"`{peers.command}`; {describe(dict(peers.environment))}; {peers.date[:10]}."
-    return "\n".join([*lines, "", where])
+    return "\n".join([*markdown_table(header, lines), "", where])
 
 
-def _cell(row: Row | None, comparison: Comparison | None) -> str:
+def _cells(row: Row | None, comparison: Comparison | None) -> tuple[str, str]:
     if row is None:
-        return "-"
-    text = number(row.metrics["images_per_s"])
+        return "-", "-"
+    speed = number(row.metrics["images_per_s"])
     if comparison is None:
-        return f"**{text}**"
+        return f"**{speed}**", "1"
     ratio = comparison.ratio
-    return f"{text} ({ratio.value:.2f} times our time: {ratio.low:.2f} to {ratio.high:.2f})"
-
-
-def _setting(row: Row) -> str:
-    return _named({name: value for name, value in row.case.items() if name != "contender"})
-
-
-def _named(case: Mapping[str, Value]) -> str:
-    guided = ", guided" if case.get("guided") else ""
-    return f"{case['setting']}{guided}, batch {case['batch']}"
+    return speed, f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
 def _one_line(text: str) -> str:
@@ -157,29 +188,29 @@ def replace_block(text: str, block: str, where: Path) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the page, and the README's block where a README is given."""
+    """Write both pages, and the README's block where a README is given."""
     reports = read_reports(args.folder)
-    text = page(reports, os.path.relpath(args.folder, args.page.parent), read_notes(args.folder))
-    with atomic_path(args.page) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    print(f"written: {args.page}")
-    if args.readme is None:
-        return
-    peers = next((report for report in reports.values() if report.benchmark == "peers"), None)
-    if peers is None:
-        raise RequestError(f"{args.folder} holds no report of peers, from which the README's table comes")
-    block = replace_block(args.readme.read_text(encoding="utf-8"), headline(peers), args.readme)
-    with atomic_path(args.readme) as temporary:
-        temporary.write_text(block, encoding="utf-8")
-    print(f"written: {args.readme}")
+    written = {
+        args.page: overview(reports, os.path.relpath(args.folder, args.page.parent), read_notes(args.folder)),
+        args.folder / TABLES: tables(reports),
+    }
+    if args.readme is not None:
+        if "peers" not in reports:
+            raise RequestError(f"{args.folder} holds no report of peers, from which the README's table comes")
+        block = headline(reports["peers"])
+        written[args.readme] = replace_block(args.readme.read_text(encoding="utf-8"), block, args.readme)
+    for path, text in written.items():
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        print(f"written: {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description="Reports as a Markdown page.")
-    parser.add_argument("folder", type=Path, help="folder with reports and their pictures")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description="Reports as Markdown pages.")
+    parser.add_argument("folder", type=Path, help="folder with reports and their pictures; the tables go there too")
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"), help="default docs/benchmarks.md")
-    parser.add_argument("--readme", type=Path, help="file whose marked block gets the headline table")
+    parser.add_argument("--readme", type=Path, help="file whose marked block gets the small table")
     return run_command(run, parser.parse_args(argv))
 
 

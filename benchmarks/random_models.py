@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.peer_lucidrains import write_random_file
+from benchmarks.peers.lucidrains_package import write_random_file
 from engine.cli.command import run_command
 from engine.errors import MissingPackageError, OutputError
 

@@ -1,9 +1,10 @@
-"""The time of one denoising step: whole and split, by batch, for every backend and precision, in turn in one run.
+"""The time of one denoising step by batch, for every backend and precision, in turn in one run.
 
 A step advances a full batch of slots by one row: network, gradient if --guided, update, noise and the host's work.
-images_per_s is what sampling in --steps steps then gives: batch / (steps * p50 of a step). first_ms is the first step
-of a batch size, warm_up_ms those after it that do not count. Peak memory is that of a process which opens nothing but
-the variant. Ratios are to --baseline, unless given the backend that "auto" takes; a report is red where a variant
+network_ms is a bare call of the network, timed in the same rounds; rest_ms what a step takes beyond it. images_per_s is
+what sampling in --steps steps then gives: batch / (steps * p50 of a step). first_ms is the first step of a batch size,
+warm_up_ms those after it that do not count. Peak memory is that of a process which opens nothing but the variant, at
+the largest batch. Ratios are to --baseline, unless given the backend that "auto" takes; a report is red where a variant
 computes in another precision than it says or wrongly, and where another variant at its precision is faster than auto.
 
     python -m benchmarks.step_latency x.engine --variants ov:fp32,ort:fp32 --batches 1,16
@@ -22,38 +23,45 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.checks import not_slower, precision_checks
-from benchmarks.environment import available_cores, environment
-from benchmarks.harness import make_parser, run_benchmark
-from benchmarks.peak_memory import PeakMemory, in_child, resident_bytes
-from benchmarks.report import Check, Comparison, Missing, Report, Row, Value
-from benchmarks.stats import LEAST_ROUNDS, Verdict, paired_ratio, spread
-from benchmarks.step_loop import SAMPLERS, Network, StepKind, with_guidance
-from benchmarks.step_measure import (
-    REAL_TIMERS,
-    SETTLE_BELOW_MS,
-    Measured,
-    Timers,
-    available_bytes,
-    measure_batch,
-    start_growth,
+from benchmarks.core.checks import not_slower, precision_checks
+from benchmarks.core.environment import environment
+from benchmarks.core.harness import choose, make_parser, parse_numbers, run_benchmark
+from benchmarks.core.pictures import draw_step_latency
+from benchmarks.core.report import Check, Comparison, Missing, Report, Row, Value
+from benchmarks.core.stats import LEAST_ROUNDS, paired_ratio, spread
+from benchmarks.core.subject import (
+    Name,
+    RealInputs,
+    describe_bundle,
+    open_variants,
+    parse_names,
+    real_inputs,
 )
-from benchmarks.step_picture import draw
-from benchmarks.subject import Name, RealInputs, describe_bundle, open_variants, parse_names, real_inputs
+from benchmarks.steps.batch_measure import (
+    SETTLE_BELOW_MS,
+    MakeClock,
+    Measured,
+    clock_of,
+    measure_batch,
+    reason_against,
+    settle_calls,
+)
+from benchmarks.steps.peak_memory import PeakMemory, in_child
+from benchmarks.steps.slot_loop import SAMPLERS, StepKind, StepNetwork
+from engine.backends.native.native_backend import count_cores
 from engine.backends.protocol import Backend
 from engine.backends.registry import open_backend, variants
 from engine.bundle.folder import Bundle
 from engine.errors import BackendError, RequestError, UNetRTError
+from engine.sampling.sampler import Sampler
 from export.verify import Difference
 
 BATCHES, SHORT_BATCHES = (1, 2, 4, 8, 16, 32, 64), (1, 4, 16)
 ROUNDS, SHORT_ROUNDS = 100, 40
-SECONDS, SHORT_SECONDS = 1200.0, 50.0
-MEMORY = ("largest", "every", "none")
-AGAIN = " again"
+SECONDS, SHORT_SECONDS = 1200.0, 60.0
 
 Opener = Callable[[Bundle, Sequence[Name], int | None], tuple[dict[str, Backend], tuple[Missing, ...]]]
-"""benchmarks.subject.open_variants, or what a test puts in its place."""
+"""benchmarks.core.subject.open_variants, or what a test puts in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +74,7 @@ class Options:
     batches: tuple[int, ...]
     rounds: int
     seconds: float
-    again: bool
-    memory: str
+    memory: bool
     threads: int | None
 
 
@@ -76,7 +83,7 @@ class Run:
     """What there is to measure. auto: the variant that auto takes, None where it is not among them."""
 
     bundle: Bundle
-    networks: Mapping[str, Network]
+    networks: Mapping[str, StepNetwork]
     inputs: RealInputs
     auto: str | None
     baseline: str
@@ -84,36 +91,23 @@ class Run:
 
 def make_options(args: argparse.Namespace) -> Options:
     """The options of a command line; raises RequestError for values out of range."""
-    rounds = args.rounds or (SHORT_ROUNDS if args.short else ROUNDS)
+    rounds = choose(args.rounds, ROUNDS, SHORT_ROUNDS, args.short)
     if rounds < LEAST_ROUNDS:
         raise RequestError(f"--rounds is {rounds}; expected {LEAST_ROUNDS} or more, or ratios have no interval")
-    seconds = args.seconds or (SHORT_SECONDS if args.short else SECONDS)
     baselines = (None,) if args.baseline is None else parse_names(args.baseline)
     if len(baselines) != 1:
         raise RequestError(f"--baseline names {len(baselines)} variants; expected one")
+    batches = SHORT_BATCHES if args.short else BATCHES
     return Options(
         kind=StepKind(args.sampler, args.steps, args.guided),
         names=variants() if args.variants is None else parse_names(args.variants),
         baseline=baselines[0],
-        batches=_batches(args.batches, args.short),
+        batches=batches if args.batches is None else tuple(sorted(parse_numbers(args.batches, "--batches"))),
         rounds=rounds,
-        seconds=seconds,
-        again=args.again,
-        memory=args.memory,
+        seconds=choose(args.seconds, SECONDS, SHORT_SECONDS, args.short),
+        memory=not args.no_memory,
         threads=args.threads,
     )
-
-
-def _batches(text: str | None, is_short: bool) -> tuple[int, ...]:
-    if text is None:
-        return SHORT_BATCHES if is_short else BATCHES
-    try:
-        batches = tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        batches = ()
-    if not batches or batches[0] < 1:
-        raise RequestError(f"--batches is {text!r}; expected numbers from 1 on, for example 1,4,16")
-    return batches
 
 
 def open_run(bundle: Bundle, options: Options, opener: Opener) -> tuple[Run, tuple[Missing, ...]]:
@@ -135,78 +129,68 @@ def open_run(bundle: Bundle, options: Options, opener: Opener) -> tuple[Run, tup
         if baseline not in backends:
             reason = next((m.reason for m in missing if m.variant == baseline), "")
             raise RequestError(f"the baseline {baseline} does not open here ({reason}); choose another")
-    if options.again:
-        (same,) = opener(bundle, [(backends[baseline].name, backends[baseline].precision)], options.threads)[0].values()
-        backends[baseline + AGAIN] = same
+    samplers = {name: Sampler(backend, bundle, options.threads) for name, backend in backends.items()}
     networks = {
-        name: with_guidance(bundle, backend, options.kind, options.threads) for name, backend in backends.items()
+        name: StepNetwork(sampler, sampler.classifier_guidance() if options.kind.guided else None)
+        for name, sampler in samplers.items()
     }
     return Run(bundle, networks, real_inputs(bundle), auto, baseline), missing
 
 
-def measure_batches(run: Run, options: Options, timers: Timers) -> tuple[list[Measured], list[Missing]]:
+def measure_batches(run: Run, options: Options, make_clock: MakeClock) -> tuple[list[Measured], list[Missing]]:
     """From the smallest batch on, as long as the next fits the machine and the time."""
     measured: list[Measured] = []
-    growth, end = start_growth(), time.monotonic() + options.seconds
-    for position, batch in enumerate(options.batches):
-        left_s = end - time.monotonic()
-        reason = growth.reason_against(batch, left_s, available_bytes())
+    end = time.monotonic() + options.seconds
+    for place, batch in enumerate(options.batches):
+        last, left_s = measured[-1] if measured else None, end - time.monotonic()
+        reason = reason_against(batch, last, left_s)
         if reason is None:
             # What a small batch leaves of its share goes to the larger ones.
-            share_s = left_s / (len(options.batches) - position)
+            share_s, settle = left_s / (len(options.batches) - place), settle_calls(batch, last)
             try:
                 found = measure_batch(
-                    run.networks,
-                    options.kind,
-                    batch,
-                    run.inputs,
-                    options.rounds,
-                    share_s,
-                    growth.settle(batch),
-                    timers,
+                    run.networks, options.kind, batch, run.inputs, options.rounds, share_s, settle, make_clock
                 )
             except (MemoryError, torch.OutOfMemoryError) as error:
                 reason = f"it does not fit the memory: {error}"
             else:
                 measured.append(found)
-                growth.add(found, resident_bytes())
                 continue
-        left_out = ", ".join(str(left) for left in options.batches[position:])
+        left_out = ", ".join(str(left) for left in options.batches[place:])
         return measured, [Missing(f"every variant at batch {left_out}", reason)]
     return measured, []
 
 
-def peak_memories(
-    run: Run, options: Options, measured: Sequence[Measured]
-) -> tuple[dict[tuple[str, int], PeakMemory], list[Missing]]:
-    """By variant and batch, each in a child; what the child of one could not do is missing."""
-    chosen = {"none": [], "largest": list(measured[-1:]), "every": list(measured)}[options.memory]
-    jobs = [(name, each.batch) for each in chosen for name in run.networks if not name.endswith(AGAIN)]
+def peak_memories(run: Run, options: Options, batch: int) -> tuple[dict[str, PeakMemory], list[Missing]]:
+    """By variant, each in a child; what the child of one could not do is missing."""
+    if not options.memory:
+        return {}, []
 
-    def peak(job: tuple[str, int]) -> PeakMemory | Missing:
-        name, batch = job
-        backend = run.networks[name].backend
+    def peak(name: str) -> PeakMemory | Missing:
+        backend = run.networks[name].sampler.backend
         try:
-            return in_child(
-                run.bundle.path, f"{backend.name}:{backend.precision}", batch, options.kind, options.threads
-            )
+            variant = (backend.name, backend.precision)
+            return in_child(run.bundle.path, variant, batch, options.kind, options.threads)
         except UNetRTError as error:
             return Missing(f"{name} at batch {batch}, peak memory", str(error))
 
     # Nothing is timed any more, so the children may share the cores; on a GPU they would count each other's memory.
-    with ThreadPoolExecutor(1 if torch.cuda.is_available() else available_cores()) as pool:
-        found = dict(zip(jobs, pool.map(peak, jobs), strict=True))
+    names = list(run.networks)
+    with ThreadPoolExecutor(1 if torch.cuda.is_available() else count_cores()) as pool:
+        found = dict(zip(names, pool.map(peak, names), strict=True))
     return (
-        {job: value for job, value in found.items() if isinstance(value, PeakMemory)},
+        {name: value for name, value in found.items() if isinstance(value, PeakMemory)},
         [value for value in found.values() if isinstance(value, Missing)],
     )
 
 
-def make_rows(
-    measured: Sequence[Measured], kind: StepKind, peaks: Mapping[tuple[str, int], PeakMemory]
-) -> tuple[Row, ...]:
-    """One for each batch and variant."""
-    return tuple(_row(each, name, kind, peaks.get((name, each.batch))) for each in measured for name in each.series)
+def make_rows(measured: Sequence[Measured], kind: StepKind, peaks: Mapping[str, PeakMemory]) -> tuple[Row, ...]:
+    """One for each batch and variant. peaks: at the last batch."""
+    return tuple(
+        _row(each, name, kind, peaks.get(name) if each is measured[-1] else None)
+        for each in measured
+        for name in each.steps
+    )
 
 
 def _case(measured: Measured, kind: StepKind) -> dict[str, Value]:
@@ -214,13 +198,14 @@ def _case(measured: Measured, kind: StepKind) -> dict[str, Value]:
 
 
 def _row(measured: Measured, name: str, kind: StepKind, peak: PeakMemory | None) -> Row:
-    series, error = measured.series[name], measured.errors[name]
-    whole = spread(series.all_ms)
+    series, error = measured.steps[name], measured.errors[name]
+    whole, network = spread(series.all_ms), spread(measured.networks[name].all_ms)
     return Row(
         {"variant": name, **_case(measured, kind)},
         whole.to_dict()
-        | measured.splits[name].to_dict()
         | {
+            "network_ms": network.p50_ms,
+            "rest_ms": whole.p50_ms - network.p50_ms,
             "first_ms": series.first_ms,
             "warm_up_ms": sum(series.warm_up_ms),
             "images_per_s": measured.batch * 1e3 / (kind.steps * whole.p50_ms),
@@ -235,12 +220,12 @@ def _row(measured: Measured, name: str, kind: StepKind, peak: PeakMemory | None)
 def make_comparisons(run: Run, kind: StepKind, measured: Sequence[Measured]) -> tuple[Comparison, ...]:
     """Every variant beside the baseline."""
     return tuple(
-        _compare(each, kind, name, run.baseline) for each in measured for name in each.series if name != run.baseline
+        _compare(each, kind, name, run.baseline) for each in measured for name in each.steps if name != run.baseline
     )
 
 
 def _compare(measured: Measured, kind: StepKind, name: str, baseline: str) -> Comparison:
-    ratio = paired_ratio(measured.series[name], measured.series[baseline])
+    ratio = paired_ratio(measured.steps[name], measured.steps[baseline])
     return Comparison(_case(measured, kind), name, baseline, ratio)
 
 
@@ -249,19 +234,16 @@ def make_checks(run: Run, kind: StepKind, measured: Sequence[Measured]) -> tuple
     checks: list[Check] = []
     for name, network in run.networks.items():
         errors = [each.errors[name] for each in measured]
-        checks += precision_checks(name, network.backend.precision, _together(errors))
+        checks += precision_checks(name, network.sampler.backend.precision, _together(errors))
         checks.append(Check(f"{name}: its images are finite", all(each.finite[name] for each in measured)))
     for each in measured:
-        checks += [
-            _no_difference(_compare(each, kind, name, run.baseline)) for name in run.networks if name.endswith(AGAIN)
-        ]
         if run.auto is None:
             continue
-        precision = run.networks[run.auto].backend.precision
+        precision = run.networks[run.auto].sampler.backend.precision
         checks += [
             not_slower(_compare(each, kind, run.auto, name))
             for name, network in run.networks.items()
-            if network.backend.precision == precision and name not in (run.auto, run.auto + AGAIN)
+            if network.sampler.backend.precision == precision and name != run.auto
         ]
     return tuple(checks)
 
@@ -276,27 +258,16 @@ def _together(errors: Sequence[Difference]) -> Difference:
     )
 
 
-def _no_difference(comparison: Comparison) -> Check:
-    """Of a variant beside itself: what else would be called a difference on this machine."""
-    ratio = comparison.ratio
-    return Check(
-        f"{comparison.variant}: no difference beside itself (batch={comparison.case['batch']})",
-        ratio.verdict is Verdict.NONE,
-        remedy=f"its ratio is {ratio.low:.3f} to {ratio.high:.3f}, so this machine is too restless for verdicts: stop "
-        "what else runs on it, or measure longer with --rounds and --seconds",
-    )
-
-
-def measure(args: argparse.Namespace, command: str, timers: Timers, opener: Opener) -> Report:
+def measure(args: argparse.Namespace, command: str, make_clock: MakeClock, opener: Opener) -> Report:
     """The report of a command line; raises UNetRTError for bad input."""
     options, bundle = make_options(args), Bundle.open(args.bundle)
     run, unopened = open_run(bundle, options, opener)
-    measured, too_large = measure_batches(run, options, timers)
+    measured, too_large = measure_batches(run, options, make_clock)
     if not measured:
         raise BackendError(f"nothing could be measured: {too_large[0].reason}")
-    peaks, unmeasured = peak_memories(run, options, measured)
+    peaks, unmeasured = peak_memories(run, options, measured[-1].batch)
     for network in run.networks.values():
-        network.backend.close()
+        network.sampler.close()
     settings = dataclasses.asdict(options) | {
         "names": [" ".join(name) for name in options.names],
         "baseline": run.baseline,
@@ -317,26 +288,25 @@ def measure(args: argparse.Namespace, command: str, timers: Timers, opener: Open
     )
 
 
-def main(argv: Sequence[str] | None = None, timers: Timers = REAL_TIMERS, opener: Opener = open_variants) -> int:
+def main(argv: Sequence[str] | None = None, make_clock: MakeClock = clock_of, opener: Opener = open_variants) -> int:
     """The command; returns its exit status: 0, 1 where a check failed, 2 for bad input."""
     parser = make_parser("step_latency", "Time of one denoising step, by batch and backend.")
     parser.add_argument("--variants", help="such as ov:fp32,ort:fp32 (default: every one that opens here)")
     parser.add_argument("--baseline", help="variant that ratios are to (default: what auto takes, else the first)")
     parser.add_argument("--batches", help="such as 1,4,16 (default 1 to 64 by doubling; 1,4,16 with --short)")
-    parser.add_argument("--sampler", choices=tuple(SAMPLERS), default="ddpm", help="default ddpm, which adds noise")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="default ddpm, which adds noise")
     parser.add_argument("--steps", type=int, default=50, help="of the sampler's table (default 50)")
     parser.add_argument("--guided", action="store_true", help="by the bundle's classifier")
     parser.add_argument("--rounds", type=int, help=f"at most, of each batch (default {ROUNDS}, short {SHORT_ROUNDS})")
     parser.add_argument(
         "--seconds", type=float, help=f"of all timing, about (default {SECONDS:.0f}, short {SHORT_SECONDS:.0f})"
     )
-    parser.add_argument("--again", action="store_true", help="the baseline twice, which must show no difference")
-    parser.add_argument("--memory", choices=MEMORY, default="largest", help="batches whose peak memory is measured")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out, which takes processes")
 
     def work(args: argparse.Namespace, command: str) -> Report:
-        return measure(args, command, timers, opener)
+        return measure(args, command, make_clock, opener)
 
-    return run_benchmark("step_latency", parser, work, draw, argv)
+    return run_benchmark("step_latency", parser, work, draw_step_latency, argv)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 Together they take less than ten minutes on two cores with nothing else to do; the limits are for busy ones.
 
 The bundles that are measured are the ones that export_cost makes: the shipped digits, and the DDPM CIFAR-10 network
-with random weights. A part that fails or runs out of time leaves the others alone; its report, if an older one is
-there, is removed, so that the page shows nothing that this run did not measure.
+with random weights. Of the digits a recipe writes the folder that diffusers runs, so this takes a checkout. A part that
+fails or runs out of time leaves the others alone; its report, if an older one is there, is removed, so that the page
+shows nothing that this run did not measure.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.report import EXIT_RED
+from benchmarks.core.report import EXIT_RED
 from engine.cli.command import run_command, table
 from engine.errors import BackendError
 from engine.files import make_folder
 
 BUDGET_S = 1800.0
+DIFFUSERS = "digits-diffusers"
+CLASSIFIER = Path("assets/classifier.pt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +50,10 @@ class Outcome:
 def parts(work: Path) -> tuple[Part, ...]:
     """In this order; the later ones need the bundles that export_cost leaves in `work`."""
     digits, ddpm = str(work / "digits.engine"), str(work / "ddpm-cifar10.engine")
+    diffusers = str(work / DIFFUSERS)
     return (
         Part("export_cost", "export_cost", ("--short", "--keep", str(work)), 400),
-        Part("peers", "peers", (digits, "--short"), 500),
+        Part("peers", "peers", (digits, "--short", "--classifier", str(CLASSIFIER), "--diffusers", diffusers), 500),
         Part("step_latency", "step_latency", (digits, "--short"), 300),
         Part(
             "step_latency-ddpm",
@@ -95,6 +99,9 @@ def run(args: argparse.Namespace) -> None:
     """Run everything and write the page; raises BackendError where a part did not pass."""
     make_folder(args.out)
     make_folder(args.work)
+    recipe = [sys.executable, "-m", "recipes.diffusers_format", str(args.work / DIFFUSERS)]
+    if subprocess.run(recipe, check=False).returncode:
+        raise BackendError("the digits could not be written for diffusers; the error is above")
     outcomes = run_all(parts(args.work), args.out, BUDGET_S)
     page = [sys.executable, "-m", "benchmarks.page", str(args.out), "--page", f"{args.out}.md"]
     page += ["--readme", str(args.readme)] if args.readme is not None else []

@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import ClassifierGuidance, Sampler, SamplingOptions, load_checkpoint
+from engine import ClassifierGuidance, Sampler, load_checkpoint
 from engine.diffusion.guidance import Guide
 from engine.files import atomic_path
 from engine.images import grid, save_png, to_uint8
 from engine.networks.classifier import AutogradGuide
-from recipes.digits_data import load_split
-from recipes.evaluator import load_evaluator, read_digits
-from recipes.quality import CLASSES, EVALUATOR
+from judging.digits import CLASSES, CLASSIFIER, EVALUATOR, load_split
+from judging.evaluator import load_evaluator, read_digits
+from judging.metrics import psnr
 
 SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
 STEPS = "ddim50"
@@ -42,12 +42,6 @@ class GuidedRow:
     scale: float
     accuracy: float
     psnr: float | None
-
-
-def psnr(images: Tensor, wanted: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images in [-1, 1], over all of them; infinite for equal ones."""
-    error = float((images.double() - wanted.double()).square().mean())
-    return float("inf") if error == 0 else float(10 * torch.log10(torch.tensor(4.0 / error, dtype=torch.float64)))
 
 
 def guided(sampler: Sampler, guide: Guide, scale: float, n: int) -> Tensor:
@@ -76,9 +70,9 @@ def inversion_psnr(sampler: Sampler, count: int, steps: int) -> float:
     digits = load_split()["held_out"]
     rows = torch.cat([(digits.labels == k).nonzero()[: -(-count // CLASSES), 0] for k in range(CLASSES)])[:count]
     labels = digits.labels[rows].tolist()
-    options = SamplingOptions(steps=steps, labels=labels, batch_size=BATCH)
-    noise = sampler.encode(digits.images[rows], options)
-    return psnr(sampler.decode(noise, options), digits.images[rows])
+    options = {"steps": steps, "labels": labels, "batch_size": BATCH}
+    noise = sampler.encode(digits.images[rows], **options)  # type: ignore[arg-type]
+    return psnr(sampler.decode(noise, **options), digits.images[rows]).whole  # type: ignore[arg-type]
 
 
 def page(rows: Sequence[GuidedRow], n: int, compared: int, inversion: dict[int, float], digits: int) -> str:
@@ -121,7 +115,7 @@ def page(rows: Sequence[GuidedRow], n: int, compared: int, inversion: dict[int, 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure guidance and inversion on the digits model.")
     parser.add_argument("bundle", type=Path, help="of assets/digits.pt, exported with --classifier")
-    parser.add_argument("--classifier", type=Path, default=Path("assets/classifier.pt"))
+    parser.add_argument("--classifier", type=Path, default=CLASSIFIER)
     parser.add_argument("-n", type=int, default=100, help="images a scale (default 100, at least 20)")
     parser.add_argument("--compare", type=int, default=10, help="images a scale made by autograd too (default 10)")
     parser.add_argument("--invert", type=int, default=10, help="held-out digits inverted (default 10)")
@@ -136,7 +130,7 @@ def main() -> None:
     for scale in SCALES:
         images = guided(sampler, graph, scale, args.n)
         again = guided(sampler, autograd, scale, args.compare) if scale else None
-        same = None if again is None else psnr(images[: args.compare], again)
+        same = None if again is None else psnr(images[: args.compare], again).whole
         rows.append(GuidedRow(scale, accuracy(images), same))
         pictures.append(images[torch.arange(2 * CLASSES) // 2 + CLASSES * (torch.arange(2 * CLASSES) % 2)])
         print(f"scale {scale:g}: {rows[-1].accuracy:.1%}, PSNR {same}", flush=True)

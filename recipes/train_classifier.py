@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from engine.files import atomic_path
 from engine.networks.classifier import Classifier
+from judging.digits import Digits, load_split
+from recipes.augmentation import augment
 from recipes.classifier_net import digits_classifier, init_classifier
-from recipes.digits_data import Digits, augment, load_split
 from recipes.openai_format import to_openai
 from recipes.train_digits import Diffusion, stratified_timesteps
 

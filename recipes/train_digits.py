@@ -38,17 +38,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.backends.native.native_backend import count_cores
 from engine.checkpoints.load import load_checkpoint
 from engine.diffusion.schedule import cosine_schedule
 from engine.networks.unet import UNet
 from engine.sampling.likelihood import discretised_log_likelihood, gaussian_kl
-from recipes.digits_data import augment, load_split
+from judging.digits import FACTS, NULL_CLASS, load_split
+from recipes.augmentation import augment
 from recipes.digits_net import digits_unet, init_weights
 from recipes.openai_format import to_openai
 
 STEPS = 1000
 PEAK_LR, WARM_UP, EMA_RATE, LABEL_DROP, BATCH = 1e-3, 300, 0.999, 0.1, 32
-NULL = 10
 SNR_WEIGHT = (1.0, 5.0)
 STRIDES, LAST_TIMESTEPS = (1, 4, 20), 20
 LOG_EVERY, SAVE_EVERY = 100, 250
@@ -131,10 +132,7 @@ def trim_log(path: Path, iteration: int) -> None:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The U-Net's weights in a file that an earlier run wrote."""
-    earlier = load_checkpoint(
-        path, family="openai-guided", image_size=(32, 32), num_head_channels=32, noise_schedule="cosine",
-        prediction="x0", null_class=NULL,
-    )  # fmt: skip
+    earlier = load_checkpoint(path, **FACTS)
     return dict(earlier.weights)
 
 
@@ -186,14 +184,14 @@ class Forward:
 
 @torch.no_grad()
 def guided_target(teacher: UNet, guide: float, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """x0 by classifier-free guidance (Ho & Salimans, 2022, eq. 6) of scale 1 + guide; unguided where y is NULL."""
-    labelled, unlabelled = (teacher(x_t, t.float(), label)[:, :1] for label in (y, torch.full_like(y, NULL)))
+    """x0 by classifier-free guidance (Ho & Salimans, 2022, eq. 6) of scale 1 + guide, 1 where y is NULL_CLASS."""
+    labelled, unlabelled = (teacher(x_t, t.float(), label)[:, :1] for label in (y, torch.full_like(y, NULL_CLASS)))
     return labelled + guide * (labelled - unlabelled)
 
 
 def train(work: Path, run: Run) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(count_cores())
     torch.manual_seed(0)
     data, total = load_split()["train"], run.iterations
     model = start_model(run)
@@ -218,7 +216,7 @@ def train(work: Path, run: Run) -> None:
         x0 = data.images[rows]
         moved = augment(x0, generator, degrees=8, scale=0.08, shift=1.5)
         x0 = torch.where(torch.rand(BATCH, 1, 1, 1, generator=generator) < 0.7, moved, x0)
-        y = torch.where(torch.rand(BATCH, generator=generator) < LABEL_DROP, NULL, data.labels[rows])
+        y = torch.where(torch.rand(BATCH, generator=generator) < LABEL_DROP, NULL_CLASS, data.labels[rows])
         t, eps = stratified_timesteps(BATCH, generator), torch.randn(x0.shape, generator=generator)
         t[::4] %= LAST_TIMESTEPS
         x_t = diffusion.signal[t][:, None, None, None] * x0 + diffusion.noise[t][:, None, None, None] * eps

@@ -21,8 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.files import atomic_path
-from recipes.digits_data import Digits, augment, load_split
-from recipes.evaluator import Evaluator, read_digits
+from judging.digits import Digits, load_split
+from judging.evaluator import Evaluator, read_digits
+from recipes.augmentation import augment
 
 ITERATIONS, BATCH = 3000, 64
 PEAK_LR, WEIGHT_DECAY, LABEL_SMOOTHING = 3e-3, 2e-2, 0.05

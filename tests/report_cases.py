@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import harness
-from benchmarks.environment import environment
-from benchmarks.report import Check, Comparison, Missing, Report, Row
-from benchmarks.stats import Ratio
-from benchmarks.timing import Series
+from benchmarks.core import harness
+from benchmarks.core.environment import environment
+from benchmarks.core.report import Check, Comparison, Missing, Report, Row
+from benchmarks.core.stats import Ratio
+from benchmarks.core.timing import Series
 
 SCHEMA = json.loads((Path(harness.__file__).parent / "schema.json").read_text())
 

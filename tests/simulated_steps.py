@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from torch import Tensor
 
-from benchmarks.step_measure import Timers
-from benchmarks.subject import reference_network
+from benchmarks.core.subject import reference_network
 from engine.backends.eager.eager_backend import EagerBackend
 from engine.bundle.folder import Bundle
 from engine.networks.inputs import UNCONDITIONED, Conditions
@@ -34,15 +33,8 @@ class SimulatedMachine:
         work()
         return self._now_ms - before
 
-    def now(self) -> float:
-        return self._now_ms
-
-    def between_ms(self, start: float, end: float) -> float:
-        return end - start
-
-    @property
-    def timers(self) -> Timers:
-        return Timers(lambda _: self.clock, lambda _: self)
+    def make_clock(self, _device: object) -> Callable[[Callable[[], object]], float]:
+        return self.clock
 
 
 def unspoilt(out: Tensor) -> Tensor:
@@ -71,7 +63,7 @@ class SimulatedBackend(EagerBackend):
 
 
 def opener_of(machine: SimulatedMachine, faults: Mapping[tuple[str, str], Mapping]) -> Callable:
-    """In place of benchmarks.subject.open_variants: every variant of `faults`, with its faults."""
+    """In place of benchmarks.core.subject.open_variants: every variant of `faults`, with its faults."""
 
     def opener(bundle, names, threads):
         return {

@@ -22,9 +22,9 @@ sys.path.insert(0, str(ROOT))
 
 from engine import ClassifierFreeGuidance, Sampler  # noqa: E402
 from engine.images import grid, to_uint8  # noqa: E402
-from recipes.digits_data import load_split  # noqa: E402
-from recipes.evaluator import load_evaluator, read_digits  # noqa: E402
-from recipes.quality import frechet_distance  # noqa: E402
+from judging.digits import EVALUATOR, load_split  # noqa: E402
+from judging.evaluator import load_evaluator, read_digits  # noqa: E402
+from judging.metrics import Moments, frechet  # noqa: E402
 
 PICTURES = ROOT / "docs" / "pictures"
 ENLARGE = 2
@@ -126,9 +126,9 @@ def variations(sampler: Sampler) -> None:
 
 def steps(sampler: Sampler) -> None:
     """One picture of the first digits, and a table of what the evaluator says of COUNT images a cell."""
-    model = load_evaluator(ROOT / "assets" / "evaluator.safetensors")
+    model = load_evaluator(EVALUATOR)
     parts = load_split()
-    train = read_digits(model, parts["train"].images)[1]
+    train = Moments.of(read_digits(model, parts["train"].images)[1])
     labels = [i % 10 for i in range(COUNT)]
     real, features = read_digits(model, parts["held_out"].images)
     right = 100 * float((real.argmax(dim=1) == parts["held_out"].labels).float().mean())
@@ -140,13 +140,13 @@ def steps(sampler: Sampler) -> None:
             images = sampler.sample(COUNT, steps=count, sampler=name, labels=labels, seed=1000, batch_size=50)
             logits, found = read_digits(model, images)
             share = 100 * float((logits.argmax(dim=1) == torch.tensor(labels)).float().mean())
-            cells.append(f"{share:.1f} %, {frechet_distance(found, train):.2f}")
+            cells.append(f"{share:.1f} %, {frechet(found, train):.2f}")
             if name in ("ddim", "ddpm"):
                 rows.append((f"{name}, {count}", images[:10]))
         lines.append(f"| {count} | " + " | ".join(cells) + " |")
     rows.sort(key=lambda row: row[0].partition(",")[0])
     save_rows("steps", rows)
-    lines += ["", f"{len(real)} real held-out digits: {right:.1f} %, {frechet_distance(features, train):.2f}."]
+    lines += ["", f"{len(real)} real held-out digits: {right:.1f} %, {frechet(features, train):.2f}."]
     (PICTURES / "steps.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -10,9 +10,9 @@ import pytest
 from report_cases import make_report, simulated
 
 from benchmarks.compare import Change, Pair, main
-from benchmarks.report import Comparison, Report
-from benchmarks.stats import Ratio, paired_ratio
-from benchmarks.timing import Series
+from benchmarks.core.report import Comparison, Report
+from benchmarks.core.stats import Ratio, paired_ratio
+from benchmarks.core.timing import Series
 
 VARIANTS = {"ort fp32": 1.3, "native fp32": 0.6}
 """Their true times beside the baseline's."""

@@ -13,13 +13,15 @@ import pytest
 import torch
 from report_cases import check_schema, make_report, simulated
 
-from benchmarks import harness
-from benchmarks.checks import error_of, not_slower, precision_checks
-from benchmarks.environment import describe, environment
-from benchmarks.report import EXIT_RED, Check, Comparison, print_report, read_report
-from benchmarks.stats import LEAST_ROUNDS, PLACEMENT, Ratio, Verdict, bootstrap_median, paired_ratio, spread
-from benchmarks.timing import Series, Variant, interleave, wait_until_quiet, wall_ms
-from engine.errors import BundleError
+from benchmarks.core import harness, timing
+from benchmarks.core.checks import error_of, not_slower, precision_checks
+from benchmarks.core.environment import describe, environment
+from benchmarks.core.report import EXIT_RED, Check, Comparison, read_report
+from benchmarks.core.stats import LEAST_ROUNDS, PLACEMENT, Ratio, Verdict, bootstrap_median, paired_ratio, spread
+from benchmarks.core.terminal import print_report
+from benchmarks.core.timing import Series, Variant, interleave, per_call, wait_until_quiet, wall_ms
+from engine.device import CpuDevice
+from engine.errors import BundleError, RequestError
 
 
 def test_variants_take_turns_there_and_back():
@@ -36,8 +38,8 @@ def test_variants_take_turns_there_and_back():
 def test_a_turn_settles_for_a_while(monkeypatch):
     """Untimed calls of 10 ms: at least as many as are asked for, and until the time is over."""
     now = [0.0]
-    monkeypatch.setattr("benchmarks.timing.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("benchmarks.timing.wait_until_quiet", lambda: None)
+    monkeypatch.setattr("benchmarks.core.timing.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("benchmarks.core.timing.wait_until_quiet", lambda: None)
 
     def work() -> None:
         now[0] += 0.01
@@ -222,3 +224,35 @@ def test_the_environment_is_described():
     assert block["cpu"]["memory_bytes"] > 1e8
     assert "3 threads" in describe(block)
     assert environment()["threads"] == block["cpu"]["cores"]
+
+
+def test_one_reading_of_the_clock_is_many_calls(monkeypatch):
+    readings: list[int] = []
+    calls: list[int] = []
+
+    def clock(work):
+        work()
+        readings.append(1)
+        return 0.25
+
+    monkeypatch.setattr(timing, "clock_for", lambda _: clock)
+    variant = per_call("short", lambda: calls.append(1), CpuDevice())
+    calls.clear()
+    readings.clear()
+    assert variant.clock(variant.work) == 0.25 / 4
+    assert (len(calls), len(readings)) == (4, 1)
+
+
+def test_numbers_of_a_command_line():
+    assert harness.parse_numbers("8, 1,8", "--batches") == (8, 1)
+    for text in ("1,x", "0", "", "1,,2"):
+        with pytest.raises(RequestError, match="--batches is .*; expected whole numbers from 1 up"):
+            harness.parse_numbers(text, "--batches")
+    assert [harness.choose(given, 9, 3, short) for given, short in ((0, True), (None, True), (None, False))] == [
+        0,
+        3,
+        9,
+    ]
+    harness.check_least("--rounds", None, 8)
+    with pytest.raises(RequestError, match="--rounds is 7; expected 8 or more"):
+        harness.check_least("--rounds", 7, 8)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import json
 import sys
 import textwrap
@@ -15,16 +13,24 @@ from helpers import openai_state
 from report_cases import check_schema
 from safetensors.torch import save_file
 
-from benchmarks import export_cost
-from benchmarks.export_cost import Export, exports_of, memory_limit, models_of, usable_targets
-from benchmarks.export_models import DIGITS_FACTS, NAMES, RANDOM, Model, fact_arguments, make_model, parse_models
-from benchmarks.export_run import PHASES, ExportRun, phases, run_export
-from benchmarks.gpu_parts import CHECKPOINT
-from benchmarks.report import EXIT_RED, Missing, read_report
+from benchmarks import export_cost, random_models
+from benchmarks.core.report import EXIT_RED, Missing, read_report
+from benchmarks.export_cost import (
+    NAMES,
+    Export,
+    ExportModel,
+    exports_of,
+    make_model,
+    make_models,
+    memory_limit,
+    parse_models,
+    usable_targets,
+)
+from benchmarks.exports.export_run import PHASES, ExportRun, phases, run_export
 from engine.bundle.manifest import WEIGHTS_NAME
-from engine.checkpoints.facts import Facts, add_fact_arguments, facts_from_arguments, make_facts
 from engine.errors import BackendError, ExportError, MissingPackageError, RequestError
 from engine.files import make_folder
+from judging.digits import CHECKPOINT, fact_arguments
 from recipes.digits_net import digits_unet
 
 MIB = 1 << 20
@@ -91,44 +97,35 @@ def test_phases_are_what_export_says():
         assert line.replace("fp16", "{precision.value}") in source or line in source
 
 
-def test_facts_become_the_arguments_that_give_them():
-    facts = {
-        "family": "openai-guided", "image_size": (64, 48), "num_heads": 4, "rescale_timesteps": True,
-        "clip_denoised": False, "level_heads": (4, 4, 8), "beta_end": 0.5, "null_class": 0,
-    }  # fmt: skip
-    parser = argparse.ArgumentParser()
-    add_fact_arguments(parser)
-    assert facts_from_arguments(parser.parse_args(fact_arguments(facts))) == facts
-    assert make_facts(DIGITS_FACTS).image_size == (32, 32)
-    assert set(facts) < {field.name for field in dataclasses.fields(Facts)}
-
-
 def test_names_of_models():
-    assert parse_models("digits, ddpm-small,digits") == ("digits", "ddpm-small")
+    assert parse_models("digits, adm-64,digits") == ("digits", "adm-64")
     with pytest.raises(RequestError, match="unknown model 'x'; --models takes some of digits,"):
         parse_models("digits,x")
     assert set(export_cost.SHORT_MODELS) < set(NAMES)
 
 
-def test_a_random_model_is_a_folder_with_a_size(tmp_path):
+def test_the_digits_are_the_shipped_ones(tmp_path, monkeypatch):
+    model = make_model("digits", tmp_path)
+    assert (model.checkpoint, model.arguments) == (CHECKPOINT, fact_arguments())
+    assert "--classifier" in model.classifier
+    monkeypatch.setitem(sys.modules, "judging.digits", None)
+    monkeypatch.delattr("judging.digits")
+    with pytest.raises(BackendError, match="part of the repository"):
+        make_model("digits", tmp_path)
+
+
+def test_a_random_model_is_a_folder_with_a_size(tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
-    model = make_model("ddpm-small", tmp_path)
-    assert (model.name, model.arguments, model.classifier) == ("ddpm-small", (), ())
+    small = random_models.DDPM_CIFAR10 | {"block_out_channels": (32, 32, 32, 32)}
+    monkeypatch.setitem(random_models.MODELS, "ddpm-cifar10", small)
+    model = make_model("ddpm-cifar10", tmp_path)
+    assert (model.name, model.arguments, model.classifier) == ("ddpm-cifar10", (), ())
     weights = next(model.checkpoint.rglob("*.safetensors")).stat().st_size
     assert weights < model.checkpoint_bytes < weights + 10_000
 
 
-def test_random_models_are_of_rising_size():
-    diffusers = pytest.importorskip("diffusers")
-    with torch.device("meta"):
-        networks = [diffusers.UNet2DModel(**options) for options in RANDOM.values()]
-    counts = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
-    assert counts == sorted(counts)
-    assert counts[-1] > 100 * counts[0]
-
-
 def test_the_ways_to_export_a_model():
-    model = Model("m", Path("m.pt"), ("--image-size", "8x8"), ("--classifier", "c.pt"))
+    model = ExportModel("m", Path("m.pt"), ("--image-size", "8x8"), ("--classifier", "c.pt"))
     found = exports_of(model, ("sm86", "sm89"), short=False)
     assert [(e.what, e.module) for e in found] == [
         ("onnx", "export.to_onnx"),
@@ -141,7 +138,7 @@ def test_the_ways_to_export_a_model():
     assert command[6:] == ["--image-size", "8x8", "--target", "sm86,sm89", "--no-cache"]
     (short,) = exports_of(model, None, short=True)
     assert (short.what, short.arguments) == ("onnx + classifier + int8", ("--classifier", "c.pt", "--native-int8"))
-    assert [e.what for e in exports_of(Model("m", Path("m.pt")), None, short=True)] == ["onnx + int8"]
+    assert [e.what for e in exports_of(ExportModel("m", Path("m.pt")), None, short=True)] == ["onnx + int8"]
 
 
 def test_plans_where_there_is_a_library(monkeypatch):
@@ -165,38 +162,24 @@ def test_plans_where_there_is_a_library(monkeypatch):
         usable_targets(("sm1",), True)
 
 
-def arguments(**given):
-    facts = dict.fromkeys((field.name for field in dataclasses.fields(Facts)), None)
-    return argparse.Namespace(**facts | {"checkpoint": None, "models": None, "short": True} | given)
-
-
 def test_models_that_cannot_be_made_or_held_are_missing(monkeypatch, tmp_path):
     def make(name, folder):
         if name == "adm-64":
             raise MissingPackageError("diffusers", "random models", "bench")
         make_folder(folder)
         (folder / name).write_bytes(bytes(4000))
-        return Model(name, folder / name)
+        return ExportModel(name, folder / name)
 
     monkeypatch.setattr(export_cost, "make_model", make)
-    first, second = models_of(arguments(models="ddpm-small,adm-64"), tmp_path)
-    assert isinstance(first, Model)
+    first, second = make_models(("ddpm-small", "adm-64"), tmp_path)
+    assert isinstance(first, ExportModel)
     assert isinstance(second, Missing)
     assert "diffusers" in second.reason
     assert not (tmp_path / "models").exists()
     monkeypatch.setattr(export_cost, "cpu", lambda: {"memory_bytes": 1e9})
-    (absent,) = models_of(arguments(models="ddpm-small"), tmp_path)
+    (absent,) = make_models(("ddpm-small",), tmp_path)
     assert isinstance(absent, Missing)
     assert "may take 2 GB and this machine has 1 GB" in absent.reason
-
-
-def test_a_checkpoint_of_the_users_comes_alone_or_first(monkeypatch, tmp_path):
-    path = tmp_path / "mine.pt"
-    path.write_bytes(bytes(8))
-    (mine,) = models_of(arguments(checkpoint=path, image_size=(8, 8)), tmp_path)
-    assert (mine.name, mine.checkpoint_bytes, mine.arguments) == ("mine", 8, ("--image-size", "8x8"))
-    assert [m.name for m in models_of(arguments(checkpoint=path, models="digits"), tmp_path)] == ["mine", "digits"]
-    assert CHECKPOINT.is_file()
 
 
 @pytest.fixture
@@ -204,10 +187,9 @@ def tiny(tmp_path, monkeypatch):
     """Two models: one that exports in seconds, and one whose facts do not fit it."""
     path = tmp_path / "tiny.safetensors"
     save_file(openai_state(digits_unet(mult=(1, 1))), path)
-    facts = DIGITS_FACTS | {"image_size": (8, 8)}
     models = {
-        "digits": Model("tiny", path, fact_arguments(facts)),
-        "ddpm-cifar10": Model("bad", path, fact_arguments(facts | {"image_size": (9, 9)})),
+        name: ExportModel(stands_for, path, tuple(word.replace("32x32", size) for word in fact_arguments()))
+        for name, stands_for, size in (("digits", "tiny", "8x8"), ("ddpm-cifar10", "bad", "9x9"))
     }
     monkeypatch.setattr(export_cost, "make_model", lambda name, _: models[name])
     return tmp_path / "bench"
@@ -238,8 +220,8 @@ def test_an_export_that_succeeds_and_one_that_fails(tiny):
 class FakeExport:
     """In the place of run_export: writes a bundle of 1000 weights, unless the image size is 9x9."""
 
-    def __init__(self, seconds: tuple[float, ...] = (3.0,), peak_bytes: int = 1 << 30) -> None:
-        self.seconds, self.peak_bytes = iter(seconds), peak_bytes
+    def __init__(self, peak_bytes: int = 1 << 30) -> None:
+        self.peak_bytes = peak_bytes
 
     def __call__(self, command, work, cores) -> ExportRun:
         if "9x9" in command:
@@ -248,8 +230,7 @@ class FakeExport:
         assert not out.exists()
         out.mkdir()
         save_file({"weight": torch.zeros(10, 100)}, out / WEIGHTS_NAME)
-        wall_s = next(self.seconds)
-        return ExportRun(0, wall_s, 2 * wall_s, self.peak_bytes, {"read_s": wall_s}, ())
+        return ExportRun(0, 3.0, 6.0, self.peak_bytes, {"read_s": 3.0}, ())
 
 
 class FakeBundle:
@@ -287,17 +268,16 @@ def test_report_of_one_that_succeeds_and_one_that_fails(tiny, fake_bundle, monke
 
 
 @pytest.mark.parametrize(("peak_bytes", "passed"), [(1 << 30, True), (1 << 40, False)])
-def test_repeats_have_a_median_and_too_much_memory_is_red(tmp_path, fake_bundle, monkeypatch, peak_bytes, passed):
-    monkeypatch.setattr(export_cost, "run_export", FakeExport((3.0, 9.0, 4.0), peak_bytes))
+def test_too_much_memory_is_red_and_bundles_are_kept(tmp_path, fake_bundle, monkeypatch, peak_bytes, passed):
+    monkeypatch.setattr(export_cost, "run_export", FakeExport(peak_bytes))
     (tmp_path / "x.pt").write_bytes(bytes(7))
-    export = Export(Model("x", tmp_path / "x.pt"), "onnx", "export.to_onnx", ())
+    export = Export(ExportModel("x", tmp_path / "x.pt"), "onnx", "export.to_onnx", ())
     (tmp_path / "kept").mkdir()
-    result = export_cost.measure_export(export, tmp_path, 3, None, tmp_path / "kept")
+    result = export_cost.measure_export(export, tmp_path, None, tmp_path / "kept")
     assert (tmp_path / "kept" / "x.engine" / WEIGHTS_NAME).is_file()
     assert result.row is not None
     metrics = result.row.metrics
-    assert (metrics["wall_least_s"], metrics["wall_s"], metrics["wall_most_s"]) == (3.0, 4.0, 9.0)
-    assert (metrics["cpu_s"], metrics["read_s"], metrics["plans_s"], metrics["count"]) == (8.0, 4.0, None, 3)
+    assert (metrics["wall_s"], metrics["cpu_s"], metrics["read_s"], metrics["plans_s"]) == (3.0, 6.0, 3.0, None)
     assert (metrics["parameters"], metrics["checkpoint_bytes"]) == (1000, 7)
     assert 4000 < metrics["bundle_bytes"] < 4200
     assert [check.passed for check in result.checks] == [True, passed]
@@ -308,9 +288,7 @@ def test_repeats_have_a_median_and_too_much_memory_is_red(tmp_path, fake_bundle,
     ("argv", "message"),
     [
         (["--models", "x"], "unknown model 'x'"),
-        (["--repeat", "0"], "--repeat is 0; expected 1 or more"),
-        (["--checkpoint", "none.pt"], "there is no none.pt; pass a checkpoint's file or folder"),
-        (["--image-size", "8"], "facts belong to a checkpoint; give its file with --checkpoint"),
+        (["--models", "digits,"], "unknown model ''"),
     ],
 )
 def test_bad_input(tmp_path, capsys, argv, message):
@@ -320,7 +298,7 @@ def test_bad_input(tmp_path, capsys, argv, message):
 
 
 def test_a_report_without_rows_has_a_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr(export_cost, "models_of", lambda *_: iter([Missing("a", "not here")]))
+    monkeypatch.setattr(export_cost, "make_models", lambda *_: iter([Missing("a", "not here")]))
     assert export_cost.main(["--short", "--out", str(tmp_path)]) == 0
     assert read_report(tmp_path / "export_cost.json").missing[-1] == Missing("a", "not here")
     assert (tmp_path / "export_cost.png").is_file()

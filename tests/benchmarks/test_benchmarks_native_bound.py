@@ -10,8 +10,8 @@ import torch
 from helpers import adm_unet, write_bundle
 
 from benchmarks import native_bound
+from benchmarks.core.report import EXIT_RED, read_report
 from benchmarks.native_bound import find_part, part_program
-from benchmarks.report import EXIT_RED, read_report
 from engine.backends.native.lowering import build_program
 from engine.backends.native.native_backend import NativeBackend
 from engine.backends.native.program import Code

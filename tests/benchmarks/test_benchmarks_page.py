@@ -1,4 +1,4 @@
-"""The page and the README's table say what the reports say; the suite goes on past a part that fails."""
+"""The pages and the README's table say what the reports say; the suite goes on past a part that fails."""
 
 from __future__ import annotations
 
@@ -9,52 +9,78 @@ from pathlib import Path
 import pytest
 
 from benchmarks import page, suite
-from benchmarks.environment import environment
-from benchmarks.report import Check, Comparison, Missing, Report, Row
-from benchmarks.stats import Ratio
+from benchmarks.core.environment import environment
+from benchmarks.core.report import Check, Comparison, Missing, Report, Row
+from benchmarks.core.stats import Ratio
 
 ROOT = Path(__file__).parents[2]
+OURS = "UNet-RT (native bf16)"
 
 
 def peers_report(checks: tuple[Check, ...] = ()) -> Report:
-    case = {"setting": "ddim50", "guided": True, "batch": 4}
+    def row(name: str, precision: str, guided: bool, speed: float) -> Row:
+        case = {"contender": name, "precision": precision, "steps": 10, "guided": guided, "batch": 4}
+        return Row(case, {"images_per_s": speed})
+
+    case = {"steps": 10, "guided": False, "batch": 4}
     return Report(
         benchmark="peers",
         command="python -m benchmarks.peers digits.engine --short",
         environment=environment(2),
-        subject={"name": "digits"},
-        settings={},
+        subject={"name": "digits", "parameters": 2_400_000},
+        settings={"steps": 10, "batch": 4},
         rows=[
-            Row({"contender": "UNet-RT", **case}, {"images_per_s": 4.0}),
-            Row({"contender": "torch eager", **case}, {"images_per_s": 1.0}),
+            row(OURS, "bf16", False, 4.0),
+            row("UNet-RT (native fp32)", "fp32", False, 3.0),
+            row("PyTorch eager", "fp32", False, 1.0),
+            row("diffusers", "fp32", False, 0.5),
+            row(OURS, "bf16", True, 2.0),
+            row("PyTorch eager", "fp32", True, 0.25),
         ],
-        comparisons=[Comparison(case, "torch eager", "UNet-RT", Ratio(4.0, 3.9, 4.12, 0.99, 25))],
+        comparisons=[
+            Comparison(case, "UNet-RT (native fp32)", OURS, Ratio(1.3, 1.2, 1.4, 0.99, 12)),
+            Comparison(case, "PyTorch eager", OURS, Ratio(4.0, 3.9, 4.12, 0.99, 12)),
+            Comparison(case, "diffusers", OURS, Ratio(8.0, 7.5, 8.5, 0.99, 12)),
+            Comparison(case | {"guided": True}, "PyTorch eager", OURS, Ratio(8.0, 7.9, 8.12, 0.99, 12)),
+        ],
         checks=checks,
         missing=[Missing("trt", "no\nGPU")],
     )
 
 
-def test_the_page_and_the_block_come_from_the_files(tmp_path, capsys):
-    (tmp_path / "reports").mkdir()
-    peers_report((Check("same images", False, 30.0, 40.0, "look at them"),)).save(tmp_path / "reports" / "peers.json")
-    (tmp_path / "reports" / page.NOTES).write_text("## Why\n\nIt was busy.\n")
+def test_the_pages_and_the_block_come_from_the_files(tmp_path):
+    reports = tmp_path / "reports"
+    reports.mkdir()
+    peers_report((Check("same images", False, 30.0, 40.0, "look at them"),)).save(reports / "peers.json")
+    (reports / page.NOTES).write_text("## Why\n\nIt was busy.\n")
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
-    argv = [str(tmp_path / "reports"), "--page", str(tmp_path / "page.md"), "--readme", str(readme)]
-    assert page.main(argv) == 0
-    text = (tmp_path / "page.md").read_text()
-    assert text.endswith("\n\n## Why\n\nIt was busy.\n")
-    assert "| torch eager | ddim50 | True | 4 | 1 |" in text
-    assert "| setting ddim50 guided True batch 4 | torch eager | UNet-RT | 4.000 | 3.900 to 4.120 | slower |" in text
-    assert "- not measured: trt: no GPU" in text
-    assert "Checks: 0 of 1 passed." in text
-    assert "- **FAILED: same images (30, limit 40); look at them**" in text
-    assert "![peers](reports/peers.png)" in text
+    assert page.main([str(reports), "--page", str(tmp_path / "page.md"), "--readme", str(readme)]) == 0
+    first = (tmp_path / "page.md").read_text()
+    table = [
+        "|  | precision | images/s | time / ours | guided: images/s | time / ours |",
+        "| --- | --- | --- | --- | --- | --- |",
+        f"| **{OURS}** | bf16 | **4** | 1 | **2** | 1 |",
+        "| PyTorch eager | fp32 | 1 | 4.00 (3.90 to 4.12) | 0.25 | 8.00 (7.90 to 8.12) |",
+        "| diffusers | fp32 | 0.5 | 8.00 (7.50 to 8.50) | - | - |",
+    ]
+    start = ["# Benchmarks", "", "![Images/s of this engine and of what one would use instead](reports/peers.png)", ""]
+    assert first.splitlines()[: len(start) + len(table) + 1] == [*start, *table, ""]
+    assert "(reports/tables.md#peers-digits)" in first
+    assert first.endswith("\n\n## Why\n\nIt was busy.\n")
+    assert max(line.count("|") for line in first.splitlines()) == 7
+    tables = (reports / "tables.md").read_text()
+    assert "\n## peers: digits\n" in tables
+    assert f"| {OURS} | bf16 | 10 | False | 4 | 4 |" in tables
+    case = "steps=10 guided=False batch=4"
+    assert f"| {case} | PyTorch eager | {OURS} | 4.000 | 3.900 to 4.120 | slower |" in tables
+    assert "- not measured: trt: no GPU" in tables
+    assert "Checks: 0 of 1 passed." in tables
+    assert "- **FAILED: same images (30, limit 40); look at them**" in tables
+    assert "![peers](peers.png)" in tables
     block = readme.read_text()
-    assert block.startswith("before\n")
+    assert block.startswith(f"before\n{page.BEGIN}\n" + "\n".join(table))
     assert block.endswith("after\n")
-    assert "| torch eager | 1 (4.00 times our time: 3.90 to 4.12) |" in block
-    assert "| UNet-RT | **4** |" in block
     assert "`python -m benchmarks.peers digits.engine --short`" in block
     assert "old" not in block
 
@@ -70,15 +96,25 @@ def test_bad_folders_and_files_exit_with_2(tmp_path, capsys):
     assert page.main(argv) == 2
     assert "has no lines" in capsys.readouterr().err
     assert (tmp_path / "README.md").read_text() == "nothing marked"
+    assert not (tmp_path / "p.md").exists()
 
 
-def test_the_readme_says_what_the_shipped_reports_say():
-    reports = page.read_reports(ROOT / "docs" / "benchmarks")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text == page.replace_block(text, page.headline(reports["peers"]), ROOT / "README.md")
-    notes = page.read_notes(ROOT / "docs" / "benchmarks")
-    assert "falls short" in notes
-    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == page.page(reports, "benchmarks", notes)
+def test_the_shipped_pages_say_what_the_shipped_reports_say():
+    folder = ROOT / "docs" / "benchmarks"
+    reports = page.read_reports(folder)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == page.replace_block(readme, page.headline(reports["peers"]), ROOT / "README.md")
+    wanted = page.overview(reports, "benchmarks", page.read_notes(folder))
+    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == wanted
+    assert (folder / page.TABLES).read_text(encoding="utf-8") == page.tables(reports)
+    assert all((folder / f"{name}.png").is_file() for name in reports)
+
+
+def test_no_accuracy_of_few_images_is_shown():
+    reports = page.read_reports(ROOT / "docs" / "benchmarks").values()
+    rows = [row for report in reports for row in report.rows if "accuracy" in row.metrics]
+    assert rows
+    assert all(int(row.case["images"] or 0) >= 50 for row in rows)
 
 
 @pytest.fixture
@@ -108,3 +144,9 @@ def test_a_part_that_fails_leaves_the_others_alone(scripted, tmp_path):
     assert not (tmp_path / "gone.json").exists()
     late = suite.run_all([scripted("late", "import time; time.sleep(60)")], tmp_path, 0.1)
     assert late[0].status == "out of time"
+
+
+def test_every_part_of_the_suite_is_a_command_here():
+    for part in suite.parts(Path("work")):
+        name = part.module.replace(".", "/")
+        assert any((ROOT / "benchmarks" / path).is_file() for path in (f"{name}.py", f"{name}/__main__.py"))

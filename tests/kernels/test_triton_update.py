@@ -12,7 +12,7 @@ from helpers import adm_unet
 from torch import Tensor
 from triton_cases import DEVICE
 
-from benchmarks.device_timing import device_for
+from benchmarks.core.timing import device_for
 from engine.diffusion.noise import INPAINTING, NOISE, normal
 from engine.diffusion.solvers import COLUMNS
 from engine.networks.config import UNetConfig

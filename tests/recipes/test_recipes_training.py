@@ -7,8 +7,9 @@ import torch
 
 from engine.diffusion.schedule import cosine_schedule
 from engine.networks.unet import UNet
+from judging.digits import NULL_CLASS
 from recipes.digits_net import digits_unet, init_weights
-from recipes.train_digits import NULL, Diffusion, Forward, guided_target, learning_rate
+from recipes.train_digits import Diffusion, Forward, guided_target, learning_rate
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def model() -> UNet:
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(2, 1, 32, 32, generator=generator), torch.tensor([900, 3]), torch.tensor([4, NULL])
+    return torch.randn(2, 1, 32, 32, generator=generator), torch.tensor([900, 3]), torch.tensor([4, NULL_CLASS])
 
 
 def test_single_steps_are_those_of_the_schedule():
@@ -75,7 +76,7 @@ def test_a_guided_target(model):
     x_t, t, y = batch()
     target = guided_target(model, 0.5, x_t, t, y)
     with torch.no_grad():
-        labelled, without = (model(x_t, t.float(), label)[:, :1] for label in (y, torch.full_like(y, NULL)))
+        labelled, without = (model(x_t, t.float(), label)[:, :1] for label in (y, torch.full_like(y, NULL_CLASS)))
     torch.testing.assert_close(target[0], without[0] + 1.5 * (labelled[0] - without[0]))
     torch.testing.assert_close(target[1], without[1])
 
