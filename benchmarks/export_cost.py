@@ -31,8 +31,8 @@ from benchmarks.core.report import Check, Missing, Report, Row
 from benchmarks.exports.export_run import PHASES, run_export
 from benchmarks.random_models import MODELS, write_random_model
 from engine.backends.trt.trt_library import PIP_LINES, RTX
+from engine.bundle.file_names import UNET, weights_name
 from engine.bundle.folder import Bundle, is_bundle
-from engine.bundle.manifest import WEIGHTS_NAME
 from engine.errors import BackendError, RequestError
 from engine.files import atomic_folder, make_folder
 from export.to_trt import parse_targets
@@ -172,7 +172,7 @@ def _parameters(bundle: Bundle) -> int:
     """Numbers in the network's weights."""
     from safetensors import safe_open
 
-    with safe_open(bundle.file(WEIGHTS_NAME), "pt") as file:
+    with safe_open(bundle.file(weights_name(UNET)), "pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 

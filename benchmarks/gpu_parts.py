@@ -56,7 +56,7 @@ def build(work: Path, with_classifier: bool = False) -> dict[str, Any]:
     status = to_trt.main(command) if builders else to_onnx.main(command)
     if status:
         raise BackendError("the export failed; its error is above")
-    plans = Bundle.open(bundle_folder(work)).manifest.plans
+    plans = Bundle.open(bundle_folder(work)).manifest.unet.plans
     return {"capability": target, "plans": [plan.file for plan in plans]}
 
 

@@ -29,8 +29,8 @@ from benchmarks.core.timing import Variant, interleave
 from engine.backends.native.lowering import build_program
 from engine.backends.native.native_backend import NativeBackend, count_cores
 from engine.backends.native.program import NONE, Builder, Code, MapShape, Operator, Program
+from engine.bundle.file_names import UNET, ranges_name
 from engine.bundle.folder import Bundle
-from engine.bundle.manifest import INT8_NAME
 from engine.errors import BackendError
 from engine.networks.inputs import Conditions
 from kernels.native.library import Engine, NativeError, Network, best_isa
@@ -190,7 +190,7 @@ def measure_batch(backend: NativeBackend, program: Program, batch: int, rounds: 
 
 
 def _inputs(backend: NativeBackend, batch: int) -> tuple[torch.Tensor, torch.Tensor, Conditions]:
-    config = backend.manifest.config
+    config = backend.manifest.unet.config
     x = torch.randn(batch, config.in_channels, *config.image_size, generator=torch.Generator().manual_seed(0))
     y = None if config.num_classes is None else torch.zeros(batch, dtype=torch.int64)
     return x, torch.full((batch,), 500.0), Conditions(y)
@@ -250,9 +250,9 @@ def measure(args: argparse.Namespace, command: str) -> Report:
     if not opened:
         raise BackendError("; ".join(each.reason for each in missing))
     checks = [check_error(bundle, each) for each in opened]
-    if bundle.has(INT8_NAME):
+    if bundle.has(ranges_name(UNET)):
         checks += _check_int8(bundle, threads, missing)
-    program = build_program(bundle.manifest.config)
+    program = build_program(bundle.manifest.unet.config)
     # What auto takes: the other precision is beside it in step_latency.
     measured = [measure_batch(opened[0], program, batch, rounds, threads) for batch in batches]
     return Report(

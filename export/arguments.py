@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import logging
 import sys
@@ -12,11 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.bundle.folder import Bundle
-from engine.bundle.manifest import FusionReport
+from engine.bundle.manifest import FusionReport, NetworkEntry
 from engine.checkpoints.facts import add_fact_arguments
 from engine.cli.command import run_command
 from engine.cli.info import measurement_table
 from engine.errors import OutputError
+from engine.json_form import encode
+from engine.networks.config import ClassifierConfig, UNetConfig
 
 logger = logging.getLogger(__name__)
 
@@ -110,29 +111,35 @@ def summary(bundle: Bundle) -> dict[str, object]:
         "family": manifest.family,
         "assumptions": [{"name": a[0], "value": a[1], "reason": a[2]} for a in manifest.assumptions],
         "files": {name: entry.size_bytes for name, entry in manifest.files.items()},
-        "plans": [dataclasses.asdict(plan) for plan in manifest.plans],
-        "precision": manifest.precision,
-        "fp32_parts": [{"name": name, "reason": reason} for name, reason in manifest.fp32_parts],
-        "verification": [
-            dataclasses.asdict(m) | {"relative": m.relative, "passed": m.passed} for m in manifest.verification
-        ],
+        "networks": {name: _summary_of(entry) for name, entry in manifest.networks.named().items()},
+    }
+
+
+def _summary_of(entry: NetworkEntry[UNetConfig | ClassifierConfig]) -> dict[str, object]:
+    return {
+        "plans": [encode(plan) for plan in entry.plans],
+        "files": entry.files,
+        "fp32_parts": [{"name": name, "reason": reason} for name, reason in entry.fp32_parts],
+        "verification": [encode(m) | {"relative": m.relative, "passed": m.passed} for m in entry.verification],
     }
 
 
 def describe(bundle: Bundle) -> str:
     """The bundle's files, plans and errors as text."""
     manifest = bundle.manifest
+    networks = manifest.networks.named().values()
     lines = [f"{bundle.path}"]
     for name, entry in manifest.files.items():
         lines.append(f"  {name:18} {entry.size_bytes / 1e6:8.2f} MB")
-    for plan in manifest.plans:
+    for plan in (plan for network in networks for plan in network.plans):
         low, best, high = plan.batch_profile
         made_by = f"{plan.library} {plan.library_version}"
         batches = f"batch {low} to {high} (best {best})"
         lines.append(f"{plan.file}: {made_by}, {plan.precision}, {batches}, {' '.join(plan.targets)}")
         if plan.fusion is not None:
             lines.append(f"  {_fusion(plan.fusion)}")
-    checks = measurement_table(manifest.verification) if manifest.verification else "nothing was verified"
+    measured = tuple(m for network in networks for m in network.verification)
+    checks = measurement_table(measured) if measured else "nothing was verified"
     return "\n".join([*lines, "", checks])
 
 

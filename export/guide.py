@@ -17,13 +17,8 @@ from engine.backends.native.native_backend import find_isa
 from engine.backends.native.native_guide import NativeGuide
 from engine.backends.ort.ort_backend import OrtGuide
 from engine.backends.ov.ov_backend import OpenVINOGuide
-from engine.bundle.manifest import (
-    CLASSIFIER_FP16_NAME,
-    CLASSIFIER_NAME,
-    CLASSIFIER_WEIGHTS_NAME,
-    ClassifierEntry,
-    Measurement,
-)
+from engine.bundle.file_names import CLASSIFIER, onnx_name, weights_name
+from engine.bundle.manifest import ClassifierEntry, Measurement
 from engine.checkpoints.types import Checkpoint
 from engine.errors import BackendError, CheckpointError, ExportError, MissingPackageError
 from engine.networks.classifier import AutogradGuide, Classifier
@@ -87,15 +82,6 @@ class GuideCase:
         return self.x_t, self.timestep, self.label, self.scale
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ClassifierResult:
-    """What a bundle's manifest holds of its classifier: the entry, measurements, precision by file name."""
-
-    entry: ClassifierEntry
-    measurements: tuple[Measurement, ...]
-    precision: dict[str, str]
-
-
 def check_fit(classifier: Checkpoint, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless `classifier` is a classifier of the images that `checkpoint` makes."""
     if not classifier.is_classifier:
@@ -109,9 +95,10 @@ def check_fit(classifier: Checkpoint, checkpoint: Checkpoint) -> None:
         )
 
 
-def export_classifier(folder: Path, classifier: Checkpoint, subject: Subject, fp16: bool) -> ClassifierResult:
-    """Write classifier.onnx (and classifier.fp16.onnx) and its weights into folder and measure what can run here.
+def export_classifier(folder: Path, classifier: Checkpoint, subject: Subject, fp16: bool) -> ClassifierEntry:
+    """Write classifier.onnx (and classifier.fp16.onnx) and its weights into folder, and measure what can run here.
 
+    Returns what the manifest says of them.
     subject: the U-Net that it guides, whose trajectories give x_t. fp16: whether classifier.fp16.onnx is made. Raises
     CheckpointError for a classifier that does not fit it, ExportError for a graph that cannot be built or differs from
     autograd by too much, OSError.
@@ -119,16 +106,16 @@ def export_classifier(folder: Path, classifier: Checkpoint, subject: Subject, fp
     check_fit(classifier, subject.checkpoint)
     network = classifier.classifier()
     cases = guide_cases(network, subject.cases)
-    precision = dict.fromkeys((CLASSIFIER_NAME, CLASSIFIER_WEIGHTS_NAME), "fp32 throughout")
-    export_gradient(network, folder / CLASSIFIER_NAME)
-    save_weights(classifier.weights, folder / CLASSIFIER_WEIGHTS_NAME)
+    files = dict.fromkeys((onnx_name(CLASSIFIER), weights_name(CLASSIFIER)), "fp32 throughout")
+    export_gradient(network, folder / onnx_name(CLASSIFIER))
+    save_weights(classifier.weights, folder / weights_name(CLASSIFIER))
     gain: float | None = None
     rounded: GradientGraph | None = None
     if fp16:
         half = half_classifier(network)
         gain, graph = calibrate(half, cases)
-        export_gradient(half, folder / CLASSIFIER_FP16_NAME, gain, graph)
-        precision[CLASSIFIER_FP16_NAME] = FP16_CLASSIFIER.format(gain=gain)
+        export_gradient(half, folder / onnx_name(CLASSIFIER, "fp16"), gain, graph)
+        files[onnx_name(CLASSIFIER, "fp16")] = FP16_CLASSIFIER.format(gain=gain)
         rounded = GradientGraph(graph, gain)
     measurements = tuple(
         measurement
@@ -137,8 +124,13 @@ def export_classifier(folder: Path, classifier: Checkpoint, subject: Subject, fp
     )
     check(measurements)
     assumptions = tuple((a.name, a.value, a.reason) for a in classifier.assumptions)
-    return ClassifierResult(
-        ClassifierEntry(network.config, classifier.sha256, gain, assumptions), measurements, precision
+    return ClassifierEntry(
+        network.config,
+        files,
+        verification=measurements,
+        checkpoint_sha256=classifier.sha256,
+        assumptions=assumptions,
+        gain=gain,
     )
 
 
@@ -210,12 +202,12 @@ def _guides(folder: Path, network: Classifier, half: GradientGraph | None) -> It
             native = NativeGuide.from_weights(network.config, network.state_dict(), isa=find_isa(precision))
         except BackendError:
             continue
-        yield CLASSIFIER_WEIGHTS_NAME, "native cpu", precision, native
+        yield weights_name(CLASSIFIER), "native cpu", precision, native
         native.close()
     kinds: list[tuple[str, str, str, type[OrtGuide] | type[OpenVINOGuide]]] = [
-        (CLASSIFIER_NAME, "onnxruntime cpu", "fp32", OrtGuide),
-        (CLASSIFIER_NAME, "openvino cpu", "fp32", OpenVINOGuide),
-        (CLASSIFIER_FP16_NAME, "onnxruntime cpu", "fp16", OrtGuide),
+        (onnx_name(CLASSIFIER), "onnxruntime cpu", "fp32", OrtGuide),
+        (onnx_name(CLASSIFIER), "openvino cpu", "fp32", OpenVINOGuide),
+        (onnx_name(CLASSIFIER, "fp16"), "onnxruntime cpu", "fp16", OrtGuide),
     ]
     for name, runner, precision, kind in kinds:
         if not (folder / name).exists():
@@ -227,7 +219,7 @@ def _guides(folder: Path, network: Classifier, half: GradientGraph | None) -> It
         yield name, runner, precision, guide
         guide.close()
     if half is not None:
-        yield CLASSIFIER_FP16_NAME, "torch cpu", "fp16", _rounding_as_a_gpu(half)
+        yield onnx_name(CLASSIFIER, "fp16"), "torch cpu", "fp16", _rounding_as_a_gpu(half)
 
 
 def _rounding_as_a_gpu(half: GradientGraph) -> Guide:

@@ -55,7 +55,7 @@ def real_cases(unet: UNet, manifest: Manifest) -> tuple[Inputs, ...]:
 
     unet: fp32, on the CPU. manifest: says what the network is and how it is sampled from.
     """
-    config = manifest.config
+    config = manifest.unet.config
     recorder = _Recorder(unet, manifest)
     Sampler(recorder).sample(
         IMAGES,
@@ -93,7 +93,7 @@ def _labels(config: UNetConfig) -> list[int] | list[list[float]] | None:
     if config.num_classes is None:
         return None
     if config.label is LabelInput.VECTOR:
-        vectors = normal([2000 + i for i in range(IMAGES)], [0] * IMAGES, (config.time_channels,))
+        vectors = normal([2000 + i for i in range(IMAGES)], [0] * IMAGES, (config.label_channels,))
         return [[float(number) for number in vector] for vector in vectors]
     return [round(y) for y in np.linspace(0, config.num_classes - 1, IMAGES)]
 

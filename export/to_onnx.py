@@ -14,21 +14,15 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from engine.backends.native.byte_ranges import write_ranges
-from engine.bundle.folder import Bundle, is_bundle, write_manifest
-from engine.bundle.manifest import (
-    CLASSIFIER_FP16_NAME,
-    CLASSIFIER_NAME,
-    INT8_NAME,
-    ONNX_NAME,
-    WEIGHTS_NAME,
-    ClassifierEntry,
-    PlanEntry,
-)
+from engine.bundle.file_names import CLASSIFIER, UNET, onnx_name, ranges_name, weights_name
+from engine.bundle.folder import Bundle, is_bundle
+from engine.bundle.manifest import ClassifierEntry, NetworkEntry, Networks, PlanEntry
 from engine.checkpoints.facts import facts_from_arguments, facts_from_items
 from engine.checkpoints.load import load_checkpoint
 from engine.checkpoints.types import Checkpoint
@@ -55,6 +49,8 @@ _LIBRARIES = ("unet-rt", "torch", "numpy", "onnx", "onnxscript", "onnxruntime", 
 MakePlans = Callable[[Path], tuple[PlanEntry, ...]]
 """Builds plans from an ONNX file, beside it."""
 
+Entry = TypeVar("Entry", NetworkEntry[UNetConfig], ClassifierEntry)
+
 
 def export_bundle(
     checkpoint: Checkpoint,
@@ -80,52 +76,61 @@ def export_bundle(
     if classifier is not None:
         check_fit(classifier, checkpoint)
     make_folder(Path(out).absolute().parent)
-    notes = dict.fromkeys((WEIGHTS_NAME, ONNX_NAME), NOTES[Precision.FP32])
+    files = dict.fromkeys((weights_name(UNET), onnx_name(UNET)), NOTES[Precision.FP32])
     subject = make_subject(checkpoint)
     parts: tuple[Fp32Part, ...] = ()
     typed: Typed | None = None
     with atomic_folder(Path(out), is_bundle) as folder:
         report("writing weights and fp32 ONNX")
-        save_weights(checkpoint.weights, folder / WEIGHTS_NAME)
-        export_onnx(subject.unet, folder / ONNX_NAME)
+        save_weights(checkpoint.weights, folder / weights_name(UNET))
+        export_onnx(subject.unet, folder / onnx_name(UNET))
         if precision is not Precision.FP32:
             report(f"writing {precision.value} ONNX")
             parts = choose_fp32_parts(subject, precision)
             typed = write_typed(subject, precision, parts, folder)
-            notes[typed.file] = NOTES[precision]
+            files[typed.file] = NOTES[precision]
         report("verifying against the checkpoint")
         measurements = verify(folder, subject, typed)
         if native_int8:
             report("choosing 8-bit convolutions for the CPU engine")
             choice = choose_int8(subject.unet, subject.cases)
-            write_ranges(folder / INT8_NAME, choice.ranges)
+            write_ranges(folder / ranges_name(UNET), choice.ranges)
             measurements = (*measurements, choice.measurement)
-            notes[INT8_NAME] = describe_int8(choice)
-        entry: ClassifierEntry | None = None
+            files[ranges_name(UNET)] = describe_int8(choice)
+        kept = tuple((part.name, part.reason) for part in parts)
+        networks = Networks(NetworkEntry(subject.unet.config, files, kept, verification=measurements))
         if classifier is not None:
             report("exporting the classifier's gradient")
-            guide = export_classifier(folder, classifier, subject, typed is not None)
-            entry, measurements, notes = guide.entry, measurements + guide.measurements, notes | guide.precision
-        plans: tuple[PlanEntry, ...] = ()
+            entry = export_classifier(folder, classifier, subject, typed is not None)
+            networks = dataclasses.replace(networks, classifier=entry)
         if make_plans is not None:
             report("building plans")
-            for name in _plan_sources(typed, entry):
-                made = make_plans(folder / name)
-                notes |= {plan.file: f"as {name}, from which it was built" for plan in made}
-                plans += made
-        write_manifest(
-            folder,
-            dataclasses.replace(
-                subject.manifest,
-                precision=notes,
-                fp32_parts=tuple((part.name, part.reason) for part in parts),
-                verification=measurements,
-                plans=plans,
-                versions=library_versions() | {plan.library: plan.library_version for plan in plans},
-                classifier=entry,
-            ),
-        )
+            networks = _with_plans(networks, folder, precision, make_plans)
+        Bundle.write(folder, dataclasses.replace(subject.manifest, networks=networks, versions=_versions(networks)))
     return Bundle.open(out)
+
+
+def _with_plans(networks: Networks, folder: Path, precision: Precision, make_plans: MakePlans) -> Networks:
+    """The same with the plans of every network, built from its ONNX file in a precision.
+
+    A classifier has float16 beside float32 only, and takes it for every precision but FP32.
+    """
+    unet = _with_plans_of(networks.unet, folder / onnx_name(UNET, precision.value), make_plans)
+    if networks.classifier is None:
+        return Networks(unet)
+    half = "fp32" if precision is Precision.FP32 else "fp16"
+    return Networks(unet, _with_plans_of(networks.classifier, folder / onnx_name(CLASSIFIER, half), make_plans))
+
+
+def _with_plans_of(entry: Entry, onnx: Path, make_plans: MakePlans) -> Entry:
+    plans = make_plans(onnx)
+    files = {plan.file: f"as {onnx.name}, from which it was built" for plan in plans}
+    return dataclasses.replace(entry, plans=plans, files=entry.files | files)
+
+
+def _versions(networks: Networks) -> dict[str, str]:
+    plans = [plan for entry in networks.named().values() for plan in entry.plans]
+    return library_versions() | {plan.library: plan.library_version for plan in plans}
 
 
 def choose_fp32_parts(subject: Subject, precision: Precision) -> tuple[Fp32Part, ...]:
@@ -145,26 +150,19 @@ def write_typed(subject: Subject, precision: Precision, parts: Sequence[Fp32Part
     """Write the network's ONNX file in a precision other than FP32 into a folder; raises ExportError or OSError."""
     unet = subject.unet
     names = norm_names(unet) if precision is Precision.BF16 else [part.name for part in parts]
-    typed = Typed(precision, f"unet.{precision.value}.onnx", typed_unet(unet, precision, names))
+    typed = Typed(precision, onnx_name(UNET, precision.value), typed_unet(unet, precision, names))
     export_onnx(typed.unet, folder / typed.file)
     if precision is Precision.INT8:
         quantise(folder / typed.file, unet, [case.tensors() for case in subject.cases])
     return typed
 
 
-def _plan_sources(typed: Typed | None, classifier: ClassifierEntry | None) -> list[str]:
-    """The ONNX files that plans are built from."""
-    if typed is None:
-        return [ONNX_NAME] + ([CLASSIFIER_NAME] if classifier is not None else [])
-    return [typed.file] + ([CLASSIFIER_FP16_NAME] if classifier is not None else [])
-
-
 def export_onnx(unet: UNet, path: Path) -> None:
     """Write a U-Net as ONNX with a dynamic batch, in the precision of its parameters.
 
-    Inputs x_t [B, C, H, W] and timestep [B], both float32, label (as engine.networks.config.LabelInput says) and
-    image [B, Cc, H, W] float32 where the network takes them; output `out` [B, C', H, W] float32. Weights beyond
-    export.onnx.onnx_file.EXTERNAL_DATA_BYTES go to `path`.data.
+    Inputs x_t [B, C, H, W] float32, and where the network takes them timestep [B] float32, label (as
+    engine.networks.config.LabelInput says) and image [B, Cc, H, W] float32; output `out` [B, C', H, W] float32.
+    Weights beyond export.onnx.onnx_file.EXTERNAL_DATA_BYTES go to `path`.data.
     Raises ExportError, or OSError where the file cannot be written.
     """
     inputs = _example_inputs(unet.config)
@@ -209,10 +207,10 @@ def _example_inputs(config: UNetConfig) -> dict[str, Tensor]:
     }
     if config.num_classes is not None:
         inputs["label"] = {
-            LabelInput.TABLE: torch.zeros(2, dtype=torch.int64),
-            LabelInput.NUMBER: torch.zeros(2),
-            LabelInput.VECTOR: torch.zeros(2, config.time_channels),
-        }[config.label]
+            LabelInput.TABLE: lambda: torch.zeros(2, dtype=torch.int64),
+            LabelInput.NUMBER: lambda: torch.zeros(2),
+            LabelInput.VECTOR: lambda: torch.zeros(2, config.label_channels),
+        }[config.label]()
     if config.cond_channels:
         inputs["image"] = torch.zeros(2, config.cond_channels, *config.image_size)
     return inputs

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.backends.trt.trt_library import PIP_LINES, RTX
+from engine.bundle.file_names import CLASSIFIER, onnx_name
 from engine.bundle.folder import Bundle
-from engine.bundle.manifest import CLASSIFIER_FP16_NAME, PlanEntry
+from engine.bundle.manifest import PlanEntry
 from engine.checkpoints.types import Checkpoint
 from engine.errors import ExportError
 from export import arguments as cli
@@ -59,7 +60,7 @@ def export_trt_bundle(
 
     def make_plans(onnx: Path) -> tuple[PlanEntry, ...]:
         is_classifier = onnx.name.startswith("classifier")
-        computes_in = Precision.FP16 if onnx.name == CLASSIFIER_FP16_NAME else precision
+        computes_in = Precision.FP16 if onnx.name == onnx_name(CLASSIFIER, "fp16") else precision
         able = builders
         if computes_in is Precision.INT8 or has_wide_products(onnx):
             if targets is not None and "sm75" in targets and not is_classifier:

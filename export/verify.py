@@ -19,7 +19,8 @@ from torch import Tensor
 from engine.backends.ort.ort_backend import OrtBackend
 from engine.backends.ov.ov_backend import OpenVINOBackend, has_bf16
 from engine.backends.protocol import Backend
-from engine.bundle.manifest import ONNX_NAME, WEIGHTS_NAME, Manifest, Measurement
+from engine.bundle.file_names import UNET, onnx_name, weights_name
+from engine.bundle.manifest import Manifest, Measurement
 from engine.errors import ExportError, MissingPackageError
 from engine.networks.inputs import Inputs
 from engine.networks.unet import UNet
@@ -97,9 +98,9 @@ class Runner:
 
 def runners(folder: Path, manifest: Manifest, typed: Typed | None) -> Iterator[Runner]:
     """Every way that this machine has to run an artefact of the folder; each is released when the next is asked for."""
-    yield from _onnxruntime(folder / ONNX_NAME, manifest, "fp32")
+    yield from _onnxruntime(folder / onnx_name(UNET), manifest, "fp32")
     for precision in ("fp32", "bf16") if has_bf16() else ("fp32",):
-        yield from _openvino(folder / ONNX_NAME, manifest, precision, precision)
+        yield from _openvino(folder / onnx_name(UNET), manifest, precision, precision)
     if typed is None:
         return
     if typed.precision is Precision.BF16:
@@ -141,7 +142,7 @@ def _torch(typed: Typed) -> Runner:
             return layers.torch_layers(typed.unet, case)
 
     precision = "bf16" if typed.precision is Precision.BF16 else "fp16"
-    return Runner(WEIGHTS_NAME, "torch cpu", precision, run, run_layers)
+    return Runner(weights_name(UNET), "torch cpu", precision, run, run_layers)
 
 
 def _caller(backend: Backend) -> Callable[[Inputs], Tensor]:
@@ -179,7 +180,7 @@ def verify(folder: Path, subject: Subject, typed: Typed | None = None) -> tuple[
     subject: what the folder was made of. typed: the half-precision network of the folder, if it has one.
     """
     results = [measure(runner, subject) for runner in runners(folder, subject.manifest, typed)]
-    for name in (ONNX_NAME, *([] if typed is None else [typed.file])):
+    for name in (onnx_name(UNET), *([] if typed is None else [typed.file])):
         if all(result.artefact != name for result in results):
             logger.warning("%s was not verified: install a library that runs it: pip install 'unet-rt[cpu]'", name)
     check(results)

@@ -29,7 +29,7 @@ def digits_classifier(
     side = 32 >> last
     blocks.append(c.AttentionPool(ch, ch // head_dim, head_dim, tokens=side * side, out_features=10))
     return c.ClassifierConfig(
-        in_channels=1, image_size=(32, 32), embed_channels=width, time_channels=4 * width,
+        in_channels=1, image_size=(32, 32), time=c.TimeConfig(width, 4 * width),
         blocks=tuple(blocks), num_classes=10,
     )  # fmt: skip
 

@@ -45,7 +45,7 @@ def digits_unet(
                 blocks.append(c.Upsample(ch, conv=True))
     blocks += [c.NormSiLU(ch), c.Conv(ch, 2)]
     return c.UNetConfig(
-        in_channels=1, out_channels=2, image_size=(32, 32), embed_channels=width, time_channels=4 * width,
+        in_channels=1, out_channels=2, image_size=(32, 32), time=c.TimeConfig(width, 4 * width),
         blocks=tuple(blocks), num_classes=11, null_class=10,
     )  # fmt: skip
 

@@ -51,14 +51,15 @@ W86 = Project(
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a constructor was given; attention: levels with it. norm: gn, in, bn or None."""
+    """What a constructor was given; attention: levels with it. norm: gn, in, bn or None. time_dim: None for a network
+    that does not see the timestep, which only abarankab's constructor can make."""
 
     project: Project
     base: int = 8
     mults: tuple[int, ...] = (1, 2)
     depth: int = 1
     attention: tuple[int, ...] = (1,)
-    time_dim: int = 16
+    time_dim: int | None = 16
     classes: int | None = None
     norm: str | None = "gn"
     channels: int = 3
@@ -104,7 +105,8 @@ class _Maker:
         self.layer(conv1, out, cin, 3)
         self.norm(norm2, out)
         self.layer(conv2, out, out, 3)
-        self.layer(f"{name}.{p.time}", out, self.a.time_dim)
+        if self.a.time_dim is not None:
+            self.layer(f"{name}.{p.time}", out, self.a.time_dim)
         if self.a.classes is not None:
             self.state[f"{name}.class_bias.weight"] = self.some(self.a.classes, out)
         if cin != out:
@@ -119,8 +121,9 @@ class _Maker:
 def make_network(arguments: Arguments, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
     """The state dict of one network, random."""
     make, p, now = _Maker(arguments, seed, device), arguments.project, arguments.base
-    make.layer(p.mlp[0], arguments.time_dim, arguments.base)
-    make.layer(p.mlp[1], arguments.time_dim, arguments.time_dim)
+    if arguments.time_dim is not None:
+        make.layer(p.mlp[0], arguments.time_dim, arguments.base)
+        make.layer(p.mlp[1], arguments.time_dim, arguments.time_dim)
     make.layer(p.head, now, arguments.channels, 3)
     widths, index = [now], 0
     for level, mult in enumerate(arguments.mults):
@@ -180,7 +183,9 @@ def run_network(
 
     def res(name: str, h: Tensor) -> Tensor:
         norm1, conv1, norm2, conv2 = (f"{name}.{part}" for part in p.block)
-        out = conv(conv1, act(norm(norm1, h))) + linear(f"{name}.{p.time}", act(emb))[..., None, None]
+        out = conv(conv1, act(norm(norm1, h)))
+        if emb is not None:
+            out = out + linear(f"{name}.{p.time}", act(emb))[..., None, None]
         if a.classes is not None:
             assert y is not None
             out = out + state[f"{name}.class_bias.weight"][y][..., None, None]
@@ -192,7 +197,7 @@ def run_network(
     def count(part: str) -> int:
         return 1 + max(int(key.split(".")[1]) for key in state if key.startswith(part + "."))
 
-    emb = linear(p.mlp[1], F.silu(linear(p.mlp[0], embedding)))
+    emb = None if a.time_dim is None else linear(p.mlp[1], F.silu(linear(p.mlp[0], embedding)))
     h = conv(p.head, F.pad(x, (a.pad,) * 4))
     saved = [h]
     for index in range(count(p.down)):

@@ -37,7 +37,7 @@ class Elementwise:
         self.labels: list[list[int]] = []
 
     def __call__(self, x_t: Tensor, timestep: Tensor, conditions: Conditions = UNCONDITIONED) -> Tensor:
-        config, y, image = self.manifest.config, conditions.label, conditions.image
+        config, y, image = self.manifest.unet.config, conditions.label, conditions.image
         assert x_t.dtype == timestep.dtype == torch.float32
         assert (y is None) == (config.num_classes is None)
         assert (image is None) == (config.cond_channels == 0)

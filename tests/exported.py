@@ -34,7 +34,7 @@ def network_inputs(config: UNetConfig, batch: int, steps: int, seed: int = 0) ->
         label = {
             LabelInput.TABLE: lambda: torch.randint(config.num_classes or 1, (batch,), generator=rng),
             LabelInput.NUMBER: lambda: some(batch),
-            LabelInput.VECTOR: lambda: some(batch, config.time_channels),
+            LabelInput.VECTOR: lambda: some(batch, config.label_channels),
         }[config.label]()
     if config.cond_channels:
         image = some(batch, config.cond_channels, *config.image_size)

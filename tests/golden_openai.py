@@ -130,7 +130,7 @@ def _sample(run: Run, a: dict[str, Tensor], table: StepTable) -> dict[str, Tenso
         guide = AutogradGuide(classifier(run.case).classifier())
         guidance = ClassifierGuidance(guide, float(run.parameters["classifier_scale"]))
     z = a["z"] if "z" in a else torch.zeros(0, *start.shape)
-    conds = resize_condition(a["low_res"], backend.manifest.config.image_size) if "low_res" in a else None
+    conds = resize_condition(a["low_res"], backend.manifest.unet.config.image_size) if "low_res" in a else None
     requests = Sampler(backend).requests(
         n,
         table=table,

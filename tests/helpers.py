@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.__main__ import main
-from engine.bundle.folder import Bundle, write_manifest
-from engine.bundle.manifest import Manifest
+from engine.bundle.folder import Bundle
+from engine.bundle.manifest import ClassifierEntry, Manifest, NetworkEntry, Networks
 from engine.diffusion.prediction import Diffusion, Variance
 from engine.diffusion.schedule import cosine_schedule
 from engine.networks import config as c
@@ -91,7 +93,7 @@ def adm_unet(
                 blocks.append(res(ch, ch, c.Resample.UP) if updown else c.Upsample(ch, conv_resample))
     out = channels * (2 if learn_sigma else 1)
     return c.UNetConfig(
-        in_channels=channels, out_channels=out, image_size=size, embed_channels=width, time_channels=4 * width,
+        in_channels=channels, out_channels=out, image_size=size, time=c.TimeConfig(width, 4 * width),
         blocks=(*blocks, c.NormSiLU(ch), c.Conv(ch, out)), num_classes=num_classes, null_class=null_class,
         cond_channels=cond,
     )  # fmt: skip
@@ -131,7 +133,7 @@ def adm_classifier(
         if attention_pool
         else c.AveragePool(ch, num_classes)
     )
-    return c.ClassifierConfig(channels, size, width, 4 * width, (*blocks, pool), num_classes)
+    return c.ClassifierConfig(channels, size, c.TimeConfig(width, 4 * width), (*blocks, pool), num_classes)
 
 
 def random_network(config: c.UNetConfig | c.ClassifierConfig, seed: int = 0) -> nn.Module:
@@ -160,7 +162,19 @@ def tiny_manifest(config: c.UNetConfig, steps: int = 100) -> Manifest:
     """A manifest without files: cosine schedule, clipping, learned range where the network has the channels."""
     learned = config.out_channels == 2 * config.in_channels
     variance = Variance.LEARNED_RANGE if learned else Variance.FIXED_LARGE
-    return Manifest("openai-guided", config, Diffusion(cosine_schedule(steps), variance=variance), "00" * 32)
+    diffusion = Diffusion(cosine_schedule(steps), variance=variance)
+    return Manifest("openai-guided", Networks(NetworkEntry(config)), diffusion, "00" * 32)
+
+
+def with_unet(manifest: Manifest, **changes: Any) -> Manifest:
+    """The manifest with other fields of its U-Net's entry."""
+    unet = dataclasses.replace(manifest.unet, **changes)
+    return dataclasses.replace(manifest, networks=dataclasses.replace(manifest.networks, unet=unet))
+
+
+def with_classifier(manifest: Manifest, classifier: ClassifierEntry | None) -> Manifest:
+    """The manifest with another classifier, or without one."""
+    return dataclasses.replace(manifest, networks=dataclasses.replace(manifest.networks, classifier=classifier))
 
 
 def write_bundle(folder: Path, config: c.UNetConfig, seed: int = 0) -> Path:
@@ -168,7 +182,7 @@ def write_bundle(folder: Path, config: c.UNetConfig, seed: int = 0) -> Path:
     folder.mkdir()
     weights = {name: value.contiguous() for name, value in random_network(config, seed).state_dict().items()}
     save_file(weights, folder / "unet.safetensors")
-    write_manifest(folder, tiny_manifest(config))
+    Bundle.write(folder, tiny_manifest(config))
     return Bundle.open(folder).path
 
 

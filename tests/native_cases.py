@@ -26,7 +26,7 @@ UP, DOWN = c.Resample.UP, c.Resample.DOWN
 def network(
     *blocks: c.Block, channels: int = 3, out: int | None = None, size: tuple[int, int] = (6, 10)
 ) -> c.UNetConfig:
-    return c.UNetConfig(channels, channels if out is None else out, size, 8, 12, blocks)
+    return c.UNetConfig(channels, channels if out is None else out, size, c.TimeConfig(8, 12), blocks)
 
 
 def res(cin: int = 8, cout: int = 8, scale_shift: bool = False, **options: object) -> c.ResBlock:
@@ -161,8 +161,8 @@ ADM: dict[str, c.UNetConfig] = {
     "number": replace(adm_unet(num_classes=5), label=c.LabelInput.NUMBER),
     "vector": replace(adm_unet(num_classes=5), label=c.LabelInput.VECTOR),
     "label projection": replace(adm_unet(num_classes=5), label_projection=True),
-    "time table": replace(adm_unet(), time=c.TimeConfig(table_rows=100, activation=c.Activation.MISH)),
-    "frequencies": replace(adm_unet(), time=c.TimeConfig(has_frequencies=True)),
+    "time table": replace(adm_unet(), time=c.TimeConfig(32, 128, table_rows=100, activation=c.Activation.MISH)),
+    "frequencies": replace(adm_unet(), time=c.TimeConfig(32, 128, has_frequencies=True)),
 }
 """Guided-diffusion's networks with every kind of label and time embedding."""
 
@@ -356,4 +356,4 @@ def networks(draw: st.DrawFn) -> c.UNetConfig:
     drawn.segment(3)
     if min(drawn.size) > 1 and draw(st.booleans()):
         drawn.down()
-    return c.UNetConfig(channels, drawn.channels, size, 8, 12, tuple(drawn.blocks))
+    return c.UNetConfig(channels, drawn.channels, size, c.TimeConfig(8, 12), tuple(drawn.blocks))

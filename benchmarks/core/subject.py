@@ -13,8 +13,8 @@ from benchmarks.core.report import Missing
 from engine.backends.ov.ov_backend import has_bf16
 from engine.backends.protocol import Backend
 from engine.backends.registry import open_backend
+from engine.bundle.file_names import UNET, weights_name
 from engine.bundle.folder import Bundle
-from engine.bundle.manifest import WEIGHTS_NAME
 from engine.checkpoints.types import build_unet
 from engine.errors import BackendError, RequestError, UNetRTError
 from engine.networks.inputs import Inputs, join_inputs
@@ -44,8 +44,8 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "name": bundle.path.name.removesuffix(".engine"),
         "family": manifest.family,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "channels": manifest.config.in_channels,
-        "image_size": list(manifest.config.image_size),
+        "channels": manifest.unet.config.in_channels,
+        "image_size": list(manifest.unet.config.image_size),
         "checkpoint_sha256": manifest.checkpoint_sha256,
     }
 
@@ -54,7 +54,7 @@ def reference_network(bundle: Bundle) -> UNet:
     """The network in plain fp32 torch on the CPU; raises BundleError."""
     from safetensors.torch import load_file
 
-    return build_unet(bundle.manifest.config, load_file(bundle.file(WEIGHTS_NAME)))
+    return build_unet(bundle.manifest.unet.config, load_file(bundle.file(weights_name(UNET))))
 
 
 def open_variants(

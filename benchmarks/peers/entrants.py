@@ -51,7 +51,7 @@ class Subject:
     @property
     def config(self) -> UNetConfig:
         """The network's description."""
-        return self.bundle.manifest.config
+        return self.bundle.manifest.unet.config
 
     @property
     def diffusion(self) -> Diffusion:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from benchmarks.core.environment import cpu
 from benchmarks.peers.ddim_loop import NetworkCall
-from engine.bundle.folder import Bundle, write_manifest
-from engine.bundle.manifest import Manifest
+from engine.bundle.folder import Bundle
+from engine.bundle.manifest import Manifest, NetworkEntry, Networks
 from engine.errors import BackendError, ExportError, MissingPackageError
 from engine.networks.config import UNetConfig
 from engine.networks.half import cast_unet
@@ -206,7 +206,9 @@ def tensorrt_network(unet: UNet, manifest: Manifest, batch: int, folder: Path) -
     path = plain_export(half(unet), batch, folder / "unet.fp16.onnx")
     # The data-centre library comes last and is the one timed on the GPU itself.
     entry = builders[-1].build(path, (batch, batch, batch), "fp16")
-    write_manifest(folder, dataclasses.replace(manifest, plans=(entry,), files={}))
+    Bundle.write(
+        folder, dataclasses.replace(manifest, networks=Networks(NetworkEntry(manifest.unet.config, plans=(entry,))))
+    )
     backend = TrtBackend(Bundle.open(folder), "fp16")
     return LibraryNetwork(lambda x, t, y: backend(x, t, Conditions(y)), "fp16")
 

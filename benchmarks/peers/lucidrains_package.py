@@ -92,7 +92,7 @@ def rebuild(path: Path, manifest: Manifest) -> Any:
         network = package.Unet(**network_arguments(state))
         made = package.GaussianDiffusion(
             network,
-            image_size=manifest.config.image_size,
+            image_size=manifest.unet.config.image_size,
             timesteps=len(diffusion.schedule),
             objective=_OBJECTIVES[diffusion.prediction],
             auto_normalize=diffusion.data_range == (0.0, 1.0),

@@ -173,7 +173,7 @@ def measure(args: argparse.Namespace, command: str, make_entrants: MakeEntrants)
     least = {"--steps": (steps, 1), "--batch": (batch, 1), "--rounds": (rounds, LEAST_ROUNDS)}
     for option, (value, limit) in (least | {"--threads": (args.threads, 1)}).items():
         check_least(option, value, limit)
-    reason = ddim_loop.reason_against(bundle.manifest.config, bundle.manifest.diffusion)
+    reason = ddim_loop.reason_against(bundle.manifest.unet.config, bundle.manifest.diffusion)
     if reason is not None:
         raise RequestError(f"{bundle.path} cannot be compared: {reason}")
     ddim_loop.timesteps(bundle.manifest.diffusion, steps)

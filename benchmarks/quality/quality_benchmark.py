@@ -168,7 +168,7 @@ def work(args: argparse.Namespace, command: str) -> Report:
 
 
 def _check_network(args: argparse.Namespace, bundle: Bundle) -> None:
-    config = bundle.manifest.config
+    config = bundle.manifest.unet.config
     classes_in_turn(config, 1)
     if config.cond_channels and not config.self_condition:
         raise RequestError("this network starts from a condition image; quality is measured of networks without one")

@@ -97,7 +97,7 @@ def _labels(
     config: UNetConfig, guidance: ClassifierGuidance | None, batch: int
 ) -> list[int] | list[list[float]] | None:
     if config.label is LabelInput.VECTOR:
-        vectors: list[list[float]] = normal(range(batch), [0] * batch, (config.time_channels,)).tolist()
+        vectors: list[list[float]] = normal(range(batch), [0] * batch, (config.label_channels,)).tolist()
         return vectors
     count = config.num_classes if guidance is None else guidance.guide.config.num_classes
     return None if count is None else [image % count for image in range(batch)]

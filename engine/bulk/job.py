@@ -31,6 +31,7 @@ from engine.diffusion.solvers import StepTable
 from engine.errors import OutputError, RequestError
 from engine.files import atomic_path, make_folder
 from engine.images import Bytes, to_uint8
+from engine.json_form import encode
 from engine.sampling.options import SamplingOptions, refuse
 from engine.sampling.requests import Request
 from engine.sampling.sampler import Sampler
@@ -237,7 +238,7 @@ def _describe(sampler: Sampler, job: BulkJob, table: StepTable) -> dict[str, Any
     return {
         "format_version": 1,
         "bundle": {
-            "manifest_sha256": _digest(manifest.to_dict()),
+            "manifest_sha256": _digest(encode(manifest)),
             "checkpoint_sha256": manifest.checkpoint_sha256,
         },
         "table": {
@@ -277,7 +278,7 @@ def _guidance(job: BulkJob) -> dict[str, Any] | None:
     return {
         "classifier_sha256": job.classifier_sha256,
         # The same file read with other facts is another classifier.
-        "config_sha256": _digest(guidance.guide.config.to_dict()),
+        "config_sha256": _digest(encode(guidance.guide.config)),
         "scale": guidance.scale,
         "torch_threads": torch.get_num_threads(),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from engine.bundle.manifest import Manifest
+from engine.bundle.manifest import Manifest, NetworkEntry, Networks
 from engine.checkpoints.types import Checkpoint
 from engine.networks.config import UNetConfig
 
@@ -16,7 +16,7 @@ def checkpoint_manifest(checkpoint: Checkpoint, versions: Mapping[str, str] | No
         raise AssertionError
     return Manifest(
         family=checkpoint.family,
-        config=checkpoint.config,
+        networks=Networks(NetworkEntry(checkpoint.config)),
         diffusion=checkpoint.diffusion,
         checkpoint_sha256=checkpoint.sha256,
         assumptions=tuple((a.name, a.value, a.reason) for a in checkpoint.assumptions),

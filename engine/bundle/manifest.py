@@ -1,35 +1,24 @@
-"""The bundle: a folder with a manifest and the artefacts built from one checkpoint.
+"""What a bundle says about itself: its networks by name, and what belongs to all of them.
 
-    manifest.json        what the network is, every assumption, hashes, versions, profiles, measured errors
-    unet.safetensors     fp32 weights under our names (eager backend)
-    unet.int8.json       ranges for the CPU engine's 8-bit convolutions (engine.backends.native.byte_ranges), where
-    asked for unet.onnx            fp32, dynamic batch;  unet.fp16.onnx (or bf16, int8) and *.plan where they were built
-    classifier.onnx      a classifier's input gradient, where one was given;  classifier.fp16.onnx beside it, and
-                         classifier.safetensors, its weights under our names (native backend)
-
-Nothing in it is pickled or executed. Opening never writes; it checks the manifest's own hash and, when a file is
-asked for, that file's.
+A bundle is a folder made from one checkpoint, with manifest.json (engine.json_form writes it) and the files that
+engine.bundle.file_names lists. Nothing in it is pickled or executed.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from engine.bundle.file_names import CLASSIFIER, UNET
 from engine.diffusion.prediction import Diffusion
 from engine.networks.config import ClassifierConfig, UNetConfig
 
-FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
-WEIGHTS_NAME = "unet.safetensors"
-ONNX_NAME = "unet.onnx"
-FP16_ONNX_NAME = "unet.fp16.onnx"
-INT8_NAME = "unet.int8.json"
-CLASSIFIER_NAME = "classifier.onnx"
-CLASSIFIER_FP16_NAME = "classifier.fp16.onnx"
-CLASSIFIER_WEIGHTS_NAME = "classifier.safetensors"
-_REBUILD = "build it again with: python -m export.to_trt CHECKPOINT"
+FORMAT_VERSION = 2
+
+Config = TypeVar("Config", bound=UNetConfig | ClassifierConfig, covariant=True)
+
+Assumed = tuple[str, Any, str]
+"""Name, value and reason of a default that was taken for a fact which neither file nor user gave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +50,6 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
-class FileEntry:
-    """sha256 (hex) and size of one file of the bundle."""
-
-    sha256: str
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class FusionReport:
     """What a plan's build log says of its kernels.
 
@@ -92,11 +73,6 @@ class FusionReport:
     weight_bytes: int
     int8_convolutions: int = 0
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> FusionReport:
-        lists = {name: tuple(data[name]) for name in ("unfused", "fp32_activations")}
-        return cls(**data | lists)
-
 
 @dataclass(frozen=True, slots=True)
 class PlanEntry:
@@ -116,101 +92,77 @@ class PlanEntry:
     fusion: FusionReport | None = None
     weights_file: str | None = None
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> PlanEntry:
-        fusion = data.get("fusion")
-        changes = {
-            "targets": tuple(data["targets"]),
-            "batch_profile": tuple(data["batch_profile"]),
-            "fusion": None if fusion is None else FusionReport.from_dict(fusion),
-        }
-        return cls(**data | changes)
 
+@dataclass(frozen=True, slots=True)
+class NetworkEntry(Generic[Config]):
+    """One network of a bundle.
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ClassifierEntry:
-    """The classifier whose gradient the bundle holds.
-
-    gain: the factor on the cotangent in classifier.fp16.onnx, a power of two chosen by calibration; None without that
-    file. assumptions: as in Manifest.
+    files: its files, and what each of them computes in, such as "fp32 throughout". fp32_parts: (module, reason) of what
+    the network needs in fp32 where the rest is fp16 (engine.networks.half). verification: how far the files are from
+    the fp32 network.
     """
 
-    config: ClassifierConfig
-    checkpoint_sha256: str
+    config: Config
+    files: dict[str, str] = field(default_factory=dict)
+    fp32_parts: tuple[tuple[str, str], ...] = ()
+    plans: tuple[PlanEntry, ...] = ()
+    verification: tuple[Measurement, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierEntry(NetworkEntry[ClassifierConfig]):
+    """The classifier whose gradient the bundle holds.
+
+    checkpoint_sha256, assumptions: of its own file. gain: the factor on the cotangent in classifier.fp16.onnx, a power
+    of two chosen by calibration; None without that file.
+    """
+
+    checkpoint_sha256: str = field(kw_only=True)
+    assumptions: tuple[Assumed, ...] = ()
     gain: float | None = None
-    assumptions: tuple[tuple[str, Any, str], ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "config": self.config.to_dict(),
-            "checkpoint_sha256": self.checkpoint_sha256,
-            "gain": self.gain,
-            "assumptions": [list(a) for a in self.assumptions],
-        }
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ClassifierEntry:
-        return cls(
-            config=ClassifierConfig.from_dict(data["config"]),
-            checkpoint_sha256=data["checkpoint_sha256"],
-            gain=data["gain"],
-            assumptions=tuple((a[0], a[1], a[2]) for a in data["assumptions"]),
-        )
+@dataclass(frozen=True, slots=True)
+class Networks:
+    """The networks of a bundle; None for one that it does not have."""
+
+    unet: NetworkEntry[UNetConfig]
+    classifier: ClassifierEntry | None = None
+
+    def named(self) -> dict[str, NetworkEntry[UNetConfig | ClassifierConfig]]:
+        """Those that there are, by name; their files are named so too."""
+        entries = {UNET: self.unet, CLASSIFIER: self.classifier}
+        return {name: entry for name, entry in entries.items() if entry is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """sha256 (hex) and size of one file of the bundle."""
+
+    sha256: str
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Manifest:
     """Everything a bundle says about itself; see the fields' types.
 
-    assumptions: (name, value, reason) of every default taken. precision: artefact -> what it computes in.
-    fp32_parts: (module, reason) of what the network needs in fp32 where the rest is fp16 (engine.networks.half).
-    versions: library -> version at build time. classifier: None in a bundle without one.
+    checkpoint_sha256, assumptions: of the U-Net's file. files: every file of the folder but the manifest. versions:
+    library -> version at build time.
     """
 
     family: str
-    config: UNetConfig
+    networks: Networks
     diffusion: Diffusion
     checkpoint_sha256: str
-    assumptions: tuple[tuple[str, Any, str], ...] = ()
+    assumptions: tuple[Assumed, ...] = ()
     files: dict[str, FileEntry] = field(default_factory=dict)
-    plans: tuple[PlanEntry, ...] = ()
-    precision: dict[str, str] = field(default_factory=dict)
-    fp32_parts: tuple[tuple[str, str], ...] = ()
-    verification: tuple[Measurement, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
-    classifier: ClassifierEntry | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form, without its own hash."""
-        data = {
-            "format_version": FORMAT_VERSION,
-            "family": self.family,
-            "config": self.config.to_dict(),
-            "diffusion": self.diffusion.to_dict(),
-            "checkpoint_sha256": self.checkpoint_sha256,
-            "assumptions": [list(a) for a in self.assumptions],
-            "files": {name: dataclasses.asdict(entry) for name, entry in sorted(self.files.items())},
-            "plans": [dataclasses.asdict(plan) for plan in self.plans],
-            "precision": self.precision,
-            "fp32_parts": [list(part) for part in self.fp32_parts],
-            "verification": [dataclasses.asdict(m) for m in self.verification],
-            "versions": self.versions,
-        }
-        return data if self.classifier is None else data | {"classifier": self.classifier.to_dict()}
+    @property
+    def unet(self) -> NetworkEntry[UNetConfig]:
+        return self.networks.unet
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Manifest:
-        return cls(
-            family=data["family"],
-            config=UNetConfig.from_dict(data["config"]),
-            diffusion=Diffusion.from_dict(data["diffusion"]),
-            checkpoint_sha256=data["checkpoint_sha256"],
-            assumptions=tuple((a[0], a[1], a[2]) for a in data["assumptions"]),
-            files={name: FileEntry(**entry) for name, entry in data["files"].items()},
-            plans=tuple(PlanEntry.from_dict(plan) for plan in data["plans"]),
-            precision=dict(data["precision"]),
-            fp32_parts=tuple((name, reason) for name, reason in data.get("fp32_parts", ())),
-            verification=tuple(Measurement(**m) for m in data["verification"]),
-            versions=dict(data["versions"]),
-            classifier=ClassifierEntry.from_dict(data["classifier"]) if "classifier" in data else None,
-        )
+    @property
+    def classifier(self) -> ClassifierEntry | None:
+        return self.networks.classifier

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from typing import Any
 
+from engine.bundle.file_names import UNET
 from engine.bundle.folder import Bundle
 from engine.bundle.manifest import Manifest, Measurement
 from engine.checkpoints.facts import facts_from_arguments, flag
@@ -16,6 +17,7 @@ from engine.checkpoints.types import Checkpoint
 from engine.cli.command import table
 from engine.diffusion.prediction import Diffusion
 from engine.errors import RequestError
+from engine.json_form import encode
 from engine.networks.config import ClassifierConfig, LabelInput, UNetConfig
 
 
@@ -26,7 +28,7 @@ def info(args: argparse.Namespace) -> None:
         if args.verify:
             bundle.verify()
         if args.json:
-            print(json.dumps(bundle.manifest.to_dict() | {"verified": bool(args.verify)}))
+            print(json.dumps(encode(bundle.manifest) | {"verified": bool(args.verify)}))
         else:
             print(_describe_bundle(bundle, bool(args.verify)))
         return
@@ -43,8 +45,8 @@ def _checkpoint_dict(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "family": checkpoint.family,
         "kind": "classifier" if checkpoint.is_classifier else "unet",
-        "config": checkpoint.config.to_dict(),
-        "diffusion": checkpoint.diffusion.to_dict(),
+        "config": encode(checkpoint.config),
+        "diffusion": encode(checkpoint.diffusion),
         "assumptions": [[a.name, a.value, a.reason] for a in checkpoint.assumptions],
         "sha256": checkpoint.sha256,
         "parameters": sum(w.numel() for w in checkpoint.weights.values()),
@@ -65,17 +67,24 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> str:
 
 def _describe_bundle(bundle: Bundle, verified: bool) -> str:
     m: Manifest = bundle.manifest
-    lines = [f"bundle of {m.family}", *_network_lines(m.config), *_diffusion_lines(m.diffusion)]
+    lines = [f"bundle of {m.family}", *_network_lines(m.unet.config), *_diffusion_lines(m.diffusion)]
     lines.append(f"checkpoint   sha256 {m.checkpoint_sha256}")
     lines += _assumption_lines(m.assumptions)
+    if m.classifier is not None:
+        lines.append(
+            f"classifier   of {m.classifier.config.num_classes} classes, sha256 {m.classifier.checkpoint_sha256}"
+        )
+        lines += _assumption_lines(m.classifier.assumptions)
     lines.append("files" + (" (all hashes are right)" if verified else ""))
     lines += [f"  {name}  {entry.size_bytes:,} bytes" for name, entry in m.files.items()]
-    for plan in m.plans:
-        lines.append(f"  {plan.file}: {plan.library} {plan.library_version}, {', '.join(plan.targets)}")
-    lines += [f"  {name}: {note}" for name, note in m.precision.items()]
-    lines += [f"  {name} stays in fp32: {reason}" for name, reason in m.fp32_parts]
-    if m.verification:
-        lines += ["verification against the fp32 U-Net", measurement_table(m.verification)]
+    for name, entry in m.networks.named().items():
+        for plan in entry.plans:
+            lines.append(f"  {plan.file}: {plan.library} {plan.library_version}, {', '.join(plan.targets)}")
+        lines += [f"  {file}: {note}" for file, note in entry.files.items()]
+        lines += [f"  {part} stays in fp32: {reason}" for part, reason in entry.fp32_parts]
+        if entry.verification:
+            what = {UNET: "U-Net"}.get(name, name)
+            lines += [f"verification against the fp32 {what}", measurement_table(entry.verification)]
     return "\n".join(lines)
 
 
@@ -108,7 +117,7 @@ def _network_lines(config: UNetConfig | ClassifierConfig) -> list[str]:
         if config.cond_channels:
             lines.append(f"condition    {config.cond_channels} channels, concatenated behind x_t")
     if isinstance(config, UNetConfig) and config.label is LabelInput.VECTOR:
-        lines.append(f"labels       vectors of {config.time_channels} numbers")
+        lines.append(f"labels       vectors of {config.label_channels} numbers")
     elif config.num_classes is not None:
         null = getattr(config, "null_class", None)
         lines.append(

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from engine.bulk.job import BulkJob, BulkResult, generate, merge
-from engine.bundle.manifest import CLASSIFIER_NAME
+from engine.bundle.file_names import CLASSIFIER, onnx_name
 from engine.errors import RequestError
 from engine.files import file_sha256
 from engine.sampling.options import SamplingOptions
@@ -69,7 +69,7 @@ def _classifier_sha256(args: argparse.Namespace, sampler: Sampler) -> str:
     """Of the classifier's file, or of the bundle's own graph."""
     if args.classifier is not None:
         return file_sha256(args.classifier)
-    return sampler.backend.manifest.files[CLASSIFIER_NAME].sha256
+    return sampler.backend.manifest.files[onnx_name(CLASSIFIER)].sha256
 
 
 class _Progress:

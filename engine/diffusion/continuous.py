@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -66,23 +65,6 @@ class LogSnr:
         # the log-SNR -34, in float64 it would be -75, a time that the network has never seen.
         angle = (t.astype(np.float32) + np.float32(0.008)) / np.float32(1.008) * np.float32(math.pi) * np.float32(0.5)
         return -np.log(np.maximum(np.cos(angle.astype(np.float64)) ** -2 - 1, 1e-5))
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        if self.net is None:
-            return {"name": self.name}
-        values = {name: getattr(self.net, name) for name in MonotoneNet.__slots__}
-        net = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        return {"name": self.name, "net": net}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> LogSnr:
-        """What to_dict wrote; raises KeyError, TypeError, ValueError or ConfigError for something else."""
-        if "net" not in data:
-            return cls(str(data["name"]))
-        net: dict[str, Any] = {name: data["net"][name] for name in MonotoneNet.__slots__}
-        net = {k: tuple(map(float, v)) if isinstance(v, list) else float(v) for k, v in net.items()}
-        return cls(str(data["name"]), MonotoneNet(**net))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

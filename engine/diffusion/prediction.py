@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import numpy as np
 
@@ -79,46 +78,6 @@ class Diffusion:
             raise ConfigError(f"the percentile of dynamic thresholding is {self.percentile}; expected 0 < p <= 1")
         if self.percentile is not None and self.clip is not None and self.clip < 1:
             raise ConfigError(f"dynamic thresholding has a largest limit of {self.clip}; expected 1 or more")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "schedule": self.schedule.to_dict(),
-            "prediction": self.prediction.value,
-            "variance": self.variance.value,
-            "clip": self.clip,
-            "percentile": self.percentile,
-            "timestep_scale": self.timestep_scale,
-            "data_range": list(self.data_range),
-            "spacing": self.spacing.value,
-            "spacing_offset": self.spacing_offset,
-            "keeps_eps": self.keeps_eps,
-            "log_snr": None if self.log_snr is None else self.log_snr.to_dict(),
-            "strides": self.strides,
-            "ends_at_first": self.ends_at_first,
-            "noises_last": self.noises_last,
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Diffusion:
-        try:
-            return cls(
-                schedule=NoiseSchedule.from_dict(data["schedule"]),
-                prediction=Prediction(data["prediction"]),
-                variance=Variance(data["variance"]),
-                clip=data["clip"],
-                percentile=data.get("percentile"),
-                timestep_scale=float(data["timestep_scale"]),
-                data_range=(float(data["data_range"][0]), float(data["data_range"][1])),
-                spacing=Spacing(data["spacing"]),
-                spacing_offset=int(data["spacing_offset"]),
-                keeps_eps=bool(data["keeps_eps"]),
-                log_snr=None if data.get("log_snr") is None else LogSnr.from_dict(data["log_snr"]),
-                strides=bool(data["strides"]),
-                ends_at_first=bool(data["ends_at_first"]),
-                noises_last=bool(data["noises_last"]),
-            )
-        except (KeyError, ValueError, TypeError, IndexError) as error:
-            raise ConfigError(f"the diffusion description is incomplete or wrong: {error!r}") from error
 
 
 def x0_coefficients(schedule: NoiseSchedule, prediction: Prediction) -> tuple[Float64, Float64]:

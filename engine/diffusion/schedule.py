@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,18 +108,6 @@ class NoiseSchedule:
         kept = self.alphas_cumprod[timesteps]
         betas = np.minimum(1.0 - kept / np.append(1.0, kept[:-1]), LARGEST_BETA)
         return NoiseSchedule(betas, self.timesteps[timesteps])
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form: the betas, whose shortest decimal forms give the same float64 back, and a respaced one's steps."""
-        data: dict[str, Any] = {"betas": self.betas.tolist()}
-        if not np.array_equal(self.timesteps, np.arange(len(self))):
-            data["timesteps"] = self.timesteps.tolist()
-        return data
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> NoiseSchedule:
-        """The schedule whose to_dict gave this data."""
-        return cls(np.array(data["betas"], dtype=np.float64), np.array(data.get("timesteps", []), dtype=np.int64))
 
 
 def linear_schedule(num_train_timesteps: int) -> NoiseSchedule:

@@ -1,15 +1,13 @@
 """The network as data: a U-Net or classifier is a list of blocks that one short loop runs.
 
 A block list is a straight-line program over one feature map h and a stack of skip connections: Push saves h,
-Pop concatenates the last saved map behind h. All values are frozen and JSON-serialisable.
+Pop concatenates the last saved map behind h. All values are frozen; engine.json_form writes and reads them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from engine.errors import ConfigError
 from engine.networks.blocks import (
@@ -35,8 +33,6 @@ from engine.networks.blocks import (
     SpaceToDepth,
     TransposedConv,
     Upsample,
-    block_from_dict,
-    block_to_dict,
 )
 from engine.networks.blocks.base import Shape, Shapes, SizeError
 
@@ -81,7 +77,7 @@ class EmbeddingOrder(Enum):
 
 class LabelInput(Enum):
     """What y is: a row of a learned table ([B] int64), a number embedded like a timestep ([B] float32), or a vector
-    ([B, time_channels] float32)."""
+    ([B, label_channels] float32)."""
 
     TABLE = "table"
     NUMBER = "number"
@@ -90,14 +86,17 @@ class LabelInput(Enum):
 
 @dataclass(frozen=True, slots=True)
 class TimeConfig:
-    """How a timestep becomes the input of the time MLP, and the MLP's non-linearities.
+    """How a timestep becomes the input of the time MLP, and the MLP's widths and non-linearities.
 
+    embed_channels: width of the MLP's input. channels: width of its two layers.
     angles = scale * t * theta^(-i / (half - shift)), i < half; has_frequencies: 2 pi * t * (weights time.frequencies)
     instead, log t in place of t if takes_log, with t itself in front if keeps_timestep. table_rows: instead of angles,
     a learned row (weights time.table) for each of so many whole timesteps. activation: inside the MLP;
     projection_activation: between the MLP and the blocks' projections.
     """
 
+    embed_channels: int
+    channels: int
     order: EmbeddingOrder = EmbeddingOrder.COS_SIN
     shift: float = 0.0
     theta: float = 10000.0
@@ -110,22 +109,15 @@ class TimeConfig:
     projection_activation: Activation = Activation.SILU
 
 
-_TIME_ENUMS: dict[str, type[Enum]] = {
-    "order": EmbeddingOrder,
-    "activation": Activation,
-    "projection_activation": Activation,
-}
-
-
 @dataclass(frozen=True, slots=True)
 class UNetConfig:
     """Everything that defines the network's function except its weights.
 
     in_channels, out_channels: of x_t and of the network's result (out = 2 in for a learned range).
-    image_size: (height, width) in pixels. embed_channels: width of the sinusoidal embedding; time_channels:
-    width of the time MLP. num_classes: rows of the label table, or None. null_class: the row that means
+    image_size: (height, width) in pixels. time: the time embedding; None for a network that does not see the timestep.
+    num_classes: rows of the label table, or None. null_class: the row that means
     "no label". cond_channels: channels of the condition image, concatenated behind x_t (before it if cond_first);
-    self_condition: that image is the previous step's x0, zeros at first. time: the time embedding. label: what y is;
+    self_condition: that image is the previous step's x0, zeros at first. label: what y is;
     label_projection: y selects a row that is added to the blocks' projections, rather than to the time embedding.
     divides_by_timestep: the result is divided by the timestep, as a score network's is by its noise level.
     """
@@ -133,15 +125,13 @@ class UNetConfig:
     in_channels: int
     out_channels: int
     image_size: tuple[int, int]
-    embed_channels: int
-    time_channels: int
+    time: TimeConfig | None
     blocks: tuple[Block, ...]
     num_classes: int | None = None
     null_class: int | None = None
     cond_channels: int = 0
     cond_first: bool = False
     self_condition: bool = False
-    time: TimeConfig = TimeConfig()
     label: LabelInput = LabelInput.TABLE
     label_projection: bool = False
     divides_by_timestep: bool = False
@@ -153,20 +143,29 @@ class UNetConfig:
                 f"null class {self.null_class} is outside the {self.num_classes or 0} classes of this network; "
                 "give a row of its label table with --null-class"
             )
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        """Raises ConfigError where a label has nothing to be added to, or a block's projection comes from nothing."""
+        is_labelled = self.num_classes is not None
+        if self.label_projection and not (is_labelled and self.label is LabelInput.TABLE):
+            raise ConfigError("labels are added to the blocks' projections, and the network has no table of labels")
+        if self.time is None and is_labelled and not self.label_projection:
+            raise ConfigError("labels are added to the time embedding, and the network has none")
+        if self.time is None and self.projection_channels and not is_labelled:
+            raise ConfigError("blocks take a projection of the timestep or a label, and the network sees neither")
+
+    @property
+    def label_channels(self) -> int:
+        """Numbers in a label that is a vector."""
+        if self.time is None or self.label is not LabelInput.VECTOR:
+            raise ConfigError("the labels of this network are no vectors")
+        return self.time.channels
 
     @property
     def projection_channels(self) -> tuple[int, ...]:
         """Width of each time projection, in the order of the blocks that take one."""
         return _projection_channels(self.blocks)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return _config_to_dict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> UNetConfig:
-        """The config whose to_dict gave this data; raises ConfigError for anything else."""
-        return cls(**_config_fields(data, cls))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,11 +174,9 @@ class ClassifierConfig:
 
     in_channels: int
     image_size: tuple[int, int]
-    embed_channels: int
-    time_channels: int
+    time: TimeConfig
     blocks: tuple[Block, ...]
     num_classes: int
-    time: TimeConfig = TimeConfig()
 
     def __post_init__(self) -> None:
         check_blocks(self.blocks, self.in_channels, self.num_classes, self.image_size)
@@ -189,43 +186,9 @@ class ClassifierConfig:
         """Width of each time projection, in the order of the blocks that take one."""
         return _projection_channels(self.blocks)
 
-    def to_dict(self) -> dict[str, Any]:
-        return _config_to_dict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ClassifierConfig:
-        return cls(**_config_fields(data, cls))
-
 
 def _projection_channels(blocks: tuple[Block, ...]) -> tuple[int, ...]:
     return tuple(block.projection_channels for block in blocks if block.projection_channels)
-
-
-def _config_to_dict(config: UNetConfig | ClassifierConfig) -> dict[str, Any]:
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    time = {f.name: getattr(config.time, f.name) for f in dataclasses.fields(TimeConfig)}
-    return {k: v.value if isinstance(v, Enum) else v for k, v in values.items()} | {
-        "image_size": list(config.image_size),
-        "blocks": [block_to_dict(b) for b in config.blocks],
-        "time": {k: v.value if isinstance(v, Enum) else v for k, v in time.items()},
-    }
-
-
-def _config_fields(data: dict[str, Any], cls: type) -> dict[str, Any]:
-    names = {f.name for f in dataclasses.fields(cls)}
-    if unknown := set(data) - names:
-        raise ConfigError(f"unknown {cls.__name__} fields: {', '.join(sorted(unknown))}")
-    if missing := {"blocks", "image_size", "time"} - set(data):
-        raise ConfigError(f"{cls.__name__} lacks {', '.join(sorted(missing))}")
-    try:
-        height, width = data["image_size"]
-        time: dict[str, Any] = {k: _TIME_ENUMS[k](v) if k in _TIME_ENUMS else v for k, v in data["time"].items()}
-        fields = dict(data) | {"image_size": (int(height), int(width)), "time": TimeConfig(**time)}
-        if "label" in data:
-            fields["label"] = LabelInput(data["label"])
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{cls.__name__} has wrong values: {error}") from error
-    return fields | {"blocks": tuple(block_from_dict(b) for b in data["blocks"])}
 
 
 def count_downsamplings(blocks: tuple[Block, ...]) -> int:

@@ -19,49 +19,66 @@ from kernels import reference as ops
 
 
 class TimeEmbedding(nn.Module):
-    """Timestep (and label) to the stacked time projections of all blocks: one linear layer for the network."""
+    """Timestep (and label) to the stacked projections of all blocks that take one: one linear layer for the network.
+
+    Of a network that does not see the timestep only a table of labels is left, or nothing.
+    """
 
     def __init__(self, config: c.UNetConfig | c.ClassifierConfig) -> None:
         super().__init__()
-        self.embed_channels, self.config = config.embed_channels, config.time
-        width, self.projections = config.time_channels, config.projection_channels
-        self.linear1 = nn.Linear(config.embed_channels, width)
-        self.linear2 = nn.Linear(width, width)
-        self.projection = nn.Linear(width, sum(self.projections))
-        if config.time.table_rows is not None:
-            self.table = nn.Embedding(config.time.table_rows, config.embed_channels)
-        if config.time.has_frequencies:
-            self.frequencies = nn.Parameter(torch.ones((config.embed_channels - config.time.keeps_timestep) // 2))
+        self.config, self.projections = config.time, config.projection_channels
+        if config.time is not None:
+            self._add_time_layers(config.time)
         is_labelled = isinstance(config, c.UNetConfig) and config.num_classes is not None
         self.label_input = config.label if isinstance(config, c.UNetConfig) and is_labelled else None
         self.label_projects = isinstance(config, c.UNetConfig) and config.label_projection
         if self.label_input is c.LabelInput.TABLE:
-            assert isinstance(config, c.UNetConfig)
             assert config.num_classes is not None
-            self.label = nn.Embedding(config.num_classes, sum(self.projections) if self.label_projects else width)
+            self.label = nn.Embedding(config.num_classes, self._label_width())
         elif self.label_input is c.LabelInput.NUMBER:
-            self.label_linear1 = nn.Linear(config.embed_channels, width)
-            self.label_linear2 = nn.Linear(width, width)
+            assert config.time is not None
+            self.label_linear1 = nn.Linear(config.time.embed_channels, config.time.channels)
+            self.label_linear2 = nn.Linear(config.time.channels, config.time.channels)
+
+    def _add_time_layers(self, time: c.TimeConfig) -> None:
+        self.linear1 = nn.Linear(time.embed_channels, time.channels)
+        self.linear2 = nn.Linear(time.channels, time.channels)
+        self.projection = nn.Linear(time.channels, sum(self.projections))
+        if time.table_rows is not None:
+            self.table = nn.Embedding(time.table_rows, time.embed_channels)
+        if time.has_frequencies:
+            self.frequencies = nn.Parameter(torch.ones((time.embed_channels - time.keeps_timestep) // 2))
+
+    def _label_width(self) -> int:
+        if self.label_projects or self.config is None:
+            return sum(self.projections)
+        return self.config.channels
 
     def forward(self, timestep: Tensor, label: Tensor | None) -> tuple[Tensor, ...]:
-        """timestep [B] float32, label as LabelInput says or None
-        -> one projection [B, C] for each block with one."""
-        emb = self._mlp(timestep, self.linear1, self.linear2)
-        if label is not None and self.label_input is not None and not self.label_projects:
-            emb = emb + self._embed_label(label).to(emb.dtype)
-        projected = self.projection(activate(emb, self.config.projection_activation))
+        """timestep [B] float32, label as LabelInput says or None -> one projection [B, C] for each block with one."""
+        if not self.projections:
+            return ()
+        projected = None if self.config is None else self._project_time(timestep, label, self.config)
         if label is not None and self.label_projects:
-            projected = projected + self.label(label)
+            rows = self.label(label)
+            projected = rows if projected is None else projected + rows
+        if projected is None:
+            projected = timestep.new_zeros(len(timestep), sum(self.projections))
         return projected.split(self.projections, dim=1)
 
-    def _mlp(self, number: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:
-        # Angles need fp32: at timestep 999 half precision is off by a whole radian.
-        features = self._features(number.float()).to(first.weight.dtype)
-        return second(activate(first(features), self.config.activation))
+    def _project_time(self, timestep: Tensor, label: Tensor | None, time: c.TimeConfig) -> Tensor:
+        emb = self._mlp(timestep, self.linear1, self.linear2, time)
+        if label is not None and self.label_input is not None and not self.label_projects:
+            emb = emb + self._embed_label(label, time).to(emb.dtype)
+        return self.projection(activate(emb, time.projection_activation))
 
-    def _features(self, number: Tensor) -> Tensor:
+    def _mlp(self, number: Tensor, first: nn.Linear, second: nn.Linear, time: c.TimeConfig) -> Tensor:
+        # Angles need fp32: at timestep 999 half precision is off by a whole radian.
+        features = self._features(number.float(), time).to(first.weight.dtype)
+        return second(activate(first(features), time.activation))
+
+    def _features(self, number: Tensor, time: c.TimeConfig) -> Tensor:
         """[B] float32 -> [B, embed_channels] float32."""
-        time = self.config
         if time.table_rows is not None:
             return self.table(number.round().to(torch.int64))
         if time.has_frequencies:
@@ -72,14 +89,14 @@ class TimeEmbedding(nn.Module):
                 time.keeps_timestep,
             )
         scaled = number if time.scale == 1.0 else number * time.scale
-        return ops.timestep_embedding(scaled, self.embed_channels, time.theta, time.shift, time.order.value)
+        return ops.timestep_embedding(scaled, time.embed_channels, time.theta, time.shift, time.order.value)
 
-    def _embed_label(self, label: Tensor) -> Tensor:
+    def _embed_label(self, label: Tensor, time: c.TimeConfig) -> Tensor:
         match self.label_input:
             case c.LabelInput.TABLE:
                 return self.label(label)
             case c.LabelInput.NUMBER:
-                return self._mlp(label, self.label_linear1, self.label_linear2)
+                return self._mlp(label, self.label_linear1, self.label_linear2, time)
             case _:
                 return label
 

@@ -128,7 +128,7 @@ def _condition_shapes(config: UNetConfig) -> dict[str, tuple[tuple[int, ...], to
     """Shape and dtype of each condition of one image; the x0 of self-conditioning is no condition of a request."""
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if config.num_classes is not None:
-        label = (config.time_channels,) if config.label is LabelInput.VECTOR else ()
+        label = (config.label_channels,) if config.label is LabelInput.VECTOR else ()
         shapes["label"] = (label, torch.int64 if config.label is LabelInput.TABLE else torch.float32)
     if config.cond_channels > 0 and not config.self_condition:
         shapes["image"] = ((config.cond_channels, *config.image_size), torch.float32)

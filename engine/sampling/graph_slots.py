@@ -49,7 +49,7 @@ class GraphSlots:
         update: Update = torch_update,
         batch_size: int | None = None,
     ) -> None:
-        config, diffusion = manifest.config, manifest.diffusion
+        config, diffusion = manifest.unet.config, manifest.diffusion
         self._device, self._config = device, config
         self._state = allocate_state(device, config, capacity)
         self._arena = Arena(device, self._state, diffusion.timestep_scale)

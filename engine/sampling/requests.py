@@ -222,7 +222,7 @@ def _classes(
 
 def _label_vectors(config: UNetConfig, n: int, labels: Labels | None) -> list[tuple[float, ...]]:
     """The label vectors of a network that takes them."""
-    width = config.time_channels
+    width = config.label_channels
     given = [] if labels is None or isinstance(labels, int) else list(labels)
     if len(given) != n or any(not isinstance(y, Sequence) or len(y) != width for y in given):
         raise RequestError(

@@ -46,7 +46,7 @@ class Sampler:
     def __init__(self, backend: Backend, bundle: Bundle | None = None, threads: int | None = None) -> None:
         self.backend, self._bundle, self._threads = backend, bundle, threads
         self._pool = SlotPool(backend)
-        self.config = backend.manifest.config
+        self.config = backend.manifest.unet.config
         self.diffusion = backend.manifest.diffusion
 
     @classmethod

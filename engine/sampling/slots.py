@@ -58,7 +58,7 @@ class Slots:
         update: Callable[..., tuple[Tensor, Tensor]] = solver_update,
         batch_size: int | None = None,
     ) -> None:
-        self._config, self._diffusion = backend.manifest.config, backend.manifest.diffusion
+        self._config, self._diffusion = backend.manifest.unet.config, backend.manifest.diffusion
         self._backend, self._guide, self._noise, self._update = backend, guide, noise, update
         self._batch_size = 2 * capacity if batch_size is None else batch_size
         self._shape = (self._config.in_channels, *self._config.image_size)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.bundle.file_names import UNET, onnx_name
 from engine.bundle.folder import Bundle
-from engine.bundle.manifest import ONNX_NAME, Manifest
+from engine.bundle.manifest import Manifest
 from engine.errors import BackendError
 from engine.networks.inputs import UNCONDITIONED, Conditions, Inputs
 
@@ -31,7 +32,7 @@ def reason_against(bundle: Bundle, precision: str | None) -> str | None:
     """Why it cannot run this bundle here, or None."""
     if importlib.util.find_spec("onnx") is None:
         return "onnx is not installed (pip install 'unet-rt[onnx]')"
-    return None if bundle.has(ONNX_NAME) else f"the bundle holds no {ONNX_NAME}"
+    return None if bundle.has(onnx_name(UNET)) else f"the bundle holds no {onnx_name(UNET)}"
 
 
 def open(bundle: Bundle, precision: str | None, threads: int | None) -> ReferenceBackend:
@@ -41,7 +42,7 @@ def open(bundle: Bundle, precision: str | None, threads: int | None) -> Referenc
     from onnx.reference import ReferenceEvaluator
 
     # Bundle.file checks the file's hash before it gives its path.
-    return ReferenceBackend(bundle.manifest, ReferenceEvaluator(str(bundle.file(ONNX_NAME))))
+    return ReferenceBackend(bundle.manifest, ReferenceEvaluator(str(bundle.file(onnx_name(UNET)))))
 
 
 class ReferenceBackend:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.checkpoints.facts import Facts
-from engine.checkpoints.families.chain import Chain, Names, Style, read_chain, rename
+from engine.checkpoints.families.chain import Chain, Names, Style, read_chain, rename, time_projections
 from engine.checkpoints.families.state_dict import StateDict
 from engine.checkpoints.types import Assumptions, Translation
 from engine.diffusion.prediction import Diffusion, Prediction, Variance
@@ -54,16 +54,15 @@ def translate(raw: Any, facts: Facts) -> Translation:
     state, assume = StateDict(raw["net"]), Assumptions(facts)
     placed = read_chain(state, _CHAIN, Style(groups=8))
     size = int(raw["image_size"])
+    channels, embed_channels = state.shape("embed.0.weight")
     config = c.UNetConfig(
         in_channels=state.shape("stem.weight")[1],
         out_channels=state.shape("out.weight")[0],
         image_size=(size, size),
-        embed_channels=state.shape("embed.0.weight")[1],
-        time_channels=state.shape("embed.0.weight")[0],
+        time=c.TimeConfig(embed_channels, channels, c.EmbeddingOrder.SIN_COS),
         blocks=tuple(block for block, _ in placed),
-        time=c.TimeConfig(order=c.EmbeddingOrder.SIN_COS),
     )
-    weights = rename(state, placed, _CHAIN.names)
+    weights = rename(state, placed, _CHAIN.names) | time_projections(state, placed, _CHAIN.names)
     for ours, theirs in (("linear1", "0"), ("linear2", "2")):
         for part in ("weight", "bias"):
             weights[f"time.{ours}.{part}"] = state.take(f"embed.{theirs}.{part}")

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from engine.backends.native.byte_ranges import LARGEST_BYTE, ByteRange, find_candidates
 from engine.backends.native.lowering import build_program
 from engine.backends.native.program import Program
-from engine.bundle.manifest import INT8_NAME, Measurement
+from engine.bundle.file_names import UNET, ranges_name
+from engine.bundle.manifest import Measurement
 from engine.errors import ExportError
 from engine.networks.inputs import Inputs, join_inputs
 from engine.networks.unet import UNet
@@ -69,7 +70,7 @@ def choose_int8(unet: UNet, cases: Sequence[Inputs]) -> Int8Choice:
     for name in order[count:]:
         logger.info("%s stays in bf16: in int8 it alone gives an error of %.2g of the output", name, shares[name])
     measurement = Measurement(
-        INT8_NAME, "torch cpu", "int8", difference.max_abs, difference.rms, difference.wanted_rms, NETWORK_LIMIT
+        ranges_name(UNET), "torch cpu", "int8", difference.max_abs, difference.rms, difference.wanted_rms, NETWORK_LIMIT
     )
     return Int8Choice({name: ranges[name] for name in order[:count]}, tuple(order[count:]), measurement)
 

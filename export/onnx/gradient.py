@@ -150,7 +150,7 @@ def refuse_activations(program: torch.export.ExportedProgram, batch: int) -> Non
 def example_batch(classifier: Classifier) -> int:
     """The smallest prime from 3 on that divides no dimension of a weight or image, so that no two can be confused."""
     sizes = {int(size) for value in classifier.state_dict().values() for size in value.shape}
-    sizes |= set(classifier.config.image_size) | {classifier.config.in_channels, classifier.config.embed_channels}
+    sizes |= set(classifier.config.image_size) | {classifier.config.in_channels, classifier.config.time.embed_channels}
     return next(p for p in _primes() if all(size % p for size in sizes))
 
 

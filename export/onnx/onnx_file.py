@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import ExportError, MissingPackageError
-from export.onnx.passes import name_nodes
+from export.onnx.passes import drop_unused_inputs, name_nodes
 
 OPSET = 21
 """GroupNormalization takes its statistics in float32 from here on, and attention is still plain matrix products."""
@@ -21,8 +21,12 @@ EXTERNAL_DATA_BYTES = 1_800_000_000
 
 
 def save_program(program: torch.onnx.ONNXProgram, path: Path, size_bytes: int) -> None:
-    """Name the nodes and write the file; weights go to `path`.data where size_bytes of them need it. Raises OSError."""
+    """Name the nodes, drop unused inputs and write the file; raises OSError.
+
+    Weights go to `path`.data where size_bytes of them need it.
+    """
     name_nodes(program.model)
+    drop_unused_inputs(program.model)
     program.save(str(path), external_data=size_bytes > EXTERNAL_DATA_BYTES)
 
 

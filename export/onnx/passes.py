@@ -27,6 +27,15 @@ def name_nodes(model: Any) -> None:
     model.metadata_props.clear()
 
 
+def drop_unused_inputs(model: Any) -> None:
+    """Remove inputs that no node reads, as the timestep of a network that does not see it.
+
+    model: an onnx_ir.Model. Runtimes differ in whether such an input must be given, may be, or is an error.
+    """
+    read = [value for value in model.graph.inputs if value.uses()]
+    model.graph.inputs[:] = read
+
+
 def module_scope(scopes: str) -> str:
     """ "blocks.7" from the exporter's "['', 'blocks.7', 'blocks.7.qkv', 'conv2d_7']"; "" where there is none."""
     try:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from engine.backends.trt.trt_library import DATACENTRE, PIP_LINES, RTX, Library, gpu_capability, load_library
+from engine.bundle.file_names import network_of, plan_name
 from engine.bundle.manifest import FusionReport, PlanEntry
 from engine.errors import ExportError
 from export.trt.fusion import fusable, fusion_report, warn_unfused
@@ -71,13 +72,13 @@ NO_OPTIONS = BuildOptions()
 class PlanBuilder:
     """One installed library and what it builds here.
 
-    suffix: of the plan's name in the bundle, "rtx.plan" say. targets: such
+    built_by: in the plan's name, "rtx" say. targets: such
     as "sm89". device: name of the GPU that a plan is timed on, None where it is timed on none. options: only of
     `tensorrt`.
     """
 
     library: Library
-    suffix: str
+    built_by: str
     targets: tuple[str, ...]
     device: str | None = None
     options: BuildOptions = NO_OPTIONS
@@ -103,8 +104,7 @@ class PlanBuilder:
 
     def plan_name(self, onnx: Path, batch: Profile) -> str:
         """ "unet.rtx.plan" from unet.fp16.onnx, with a static batch "unet.b8.rtx.plan"."""
-        network = onnx.name.split(".")[0]
-        return f"{network}.b{batch[0]}.{self.suffix}" if batch[0] == batch[2] else f"{network}.{self.suffix}"
+        return plan_name(network_of(onnx.name), self.built_by, batch[0] if batch[0] == batch[2] else None)
 
     def _configuration(self, batch: Profile) -> dict[str, object]:
         """Everything beside the network that decides what the library makes."""
@@ -200,7 +200,7 @@ def find_builders(targets: tuple[str, ...] | None, options: BuildOptions = NO_OP
     builders: list[PlanBuilder] = []
     rtx = None if options.triton_plugins else load_library(RTX)
     if rtx is not None:
-        builders.append(PlanBuilder(rtx, "rtx.plan", _known(targets, rtx.trt)))
+        builders.append(PlanBuilder(rtx, "rtx", _known(targets, rtx.trt)))
     elif targets is not None:
         reason = (
             "is not used with --plugins"
@@ -239,7 +239,7 @@ def _datacentre_builder(library: Library, capability: str, options: BuildOptions
     if options.strip_weights and options.triton_plugins:
         raise ExportError("--strip-weights and --plugins do not go together: a plugin's weights cannot be given later")
     target, name = ("sm80+", "sm80plus") if options.hardware_compatible else (capability, capability)
-    return PlanBuilder(library, f"trt.{name}.plan", (target,), torch.cuda.get_device_name(), options)
+    return PlanBuilder(library, f"trt.{name}", (target,), torch.cuda.get_device_name(), options)
 
 
 def known_targets(rtx: Any) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ library with its version. Two builds of one key give different bytes, so plans a
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -14,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engine.bundle.manifest import FusionReport
-from engine.errors import OutputError
+from engine.errors import ConfigError, OutputError
 from engine.files import atomic_path, file_sha256, make_folder, user_cache_folder
+from engine.json_form import decode, encode
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ def load_plan(folder: Path, key: str) -> tuple[bytes, FusionReport | None] | Non
         plan = (folder / f"{key}.plan").read_bytes()
         if hashlib.sha256(plan).hexdigest() != entry["sha256"]:
             return None
-        return plan, None if entry["fusion"] is None else FusionReport.from_dict(entry["fusion"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return plan, None if entry["fusion"] is None else decode(entry["fusion"], FusionReport)
+    except (OSError, ValueError, KeyError, TypeError, ConfigError):
         return None
 
 
@@ -48,7 +48,7 @@ def store_plan(folder: Path, key: str, plan: bytes, fusion: FusionReport | None)
     """Keep a plan; a folder that cannot be written is a warning, because the plan itself is made."""
     entry = {
         "sha256": hashlib.sha256(plan).hexdigest(),
-        "fusion": None if fusion is None else dataclasses.asdict(fusion),
+        "fusion": None if fusion is None else encode(fusion),
     }
     try:
         make_folder(folder)

@@ -27,7 +27,7 @@ from benchmarks.export_cost import (
     usable_targets,
 )
 from benchmarks.exports.export_run import PHASES, ExportRun, phases, run_export
-from engine.bundle.manifest import WEIGHTS_NAME
+from engine.bundle.file_names import UNET, weights_name
 from engine.errors import BackendError, ExportError, MissingPackageError, RequestError
 from engine.files import make_folder
 from judging.digits import CHECKPOINT, fact_arguments
@@ -229,7 +229,7 @@ class FakeExport:
         out = Path(command[command.index("--out") + 1])
         assert not out.exists()
         out.mkdir()
-        save_file({"weight": torch.zeros(10, 100)}, out / WEIGHTS_NAME)
+        save_file({"weight": torch.zeros(10, 100)}, out / weights_name(UNET))
         return ExportRun(0, 3.0, 6.0, self.peak_bytes, {"read_s": 3.0}, ())
 
 
@@ -274,7 +274,7 @@ def test_too_much_memory_is_red_and_bundles_are_kept(tmp_path, fake_bundle, monk
     export = Export(ExportModel("x", tmp_path / "x.pt"), "onnx", "export.to_onnx", ())
     (tmp_path / "kept").mkdir()
     result = export_cost.measure_export(export, tmp_path, None, tmp_path / "kept")
-    assert (tmp_path / "kept" / "x.engine" / WEIGHTS_NAME).is_file()
+    assert (tmp_path / "kept" / "x.engine" / weights_name(UNET)).is_file()
     assert result.row is not None
     metrics = result.row.metrics
     assert (metrics["wall_s"], metrics["cpu_s"], metrics["read_s"], metrics["plans_s"]) == (3.0, 6.0, 3.0, None)

@@ -34,7 +34,7 @@ def test_a_report_of_every_part(bundle: Bundle, tmp_path: Path) -> None:
     assert native_bound.main(argv) == 0
     report = read_report(tmp_path / "out" / "native_bound.json")
     assert (tmp_path / "out" / "native_bound.png").stat().st_size > 1000
-    operators = [op for op in build_program(bundle.manifest.config).operators if op.code in PARTS]
+    operators = [op for op in build_program(bundle.manifest.unet.config).operators if op.code in PARTS]
     for precision in {row.case["precision"] for row in report.rows}:
         rows = [row for row in report.rows if row.case["precision"] == precision]
         assert sum(int(row.metrics["count"] or 0) for row in rows[:-1]) == len(operators)
@@ -45,7 +45,7 @@ def test_a_report_of_every_part(bundle: Bundle, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", PARTS)
 def test_a_part_alone_is_the_operator_of_the_network(bundle: Bundle, code: Code) -> None:
-    program = build_program(bundle.manifest.config)
+    program = build_program(bundle.manifest.unet.config)
     for op in program.operators:
         part = find_part(program, op)
         if op.code is not code or part is None:

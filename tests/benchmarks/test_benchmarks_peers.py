@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import FP32_OTHER_ORDER, adm_classifier, adm_unet, random_network, tiny_manifest, write_bundle
+from helpers import (
+    FP32_OTHER_ORDER,
+    adm_classifier,
+    adm_unet,
+    random_network,
+    tiny_manifest,
+    with_classifier,
+    write_bundle,
+)
 from report_cases import check_schema
 from torch import Tensor
 
@@ -25,9 +33,9 @@ from benchmarks.peers.entrants import OURS, Subject, check_checkpoint, entrants_
 from benchmarks.peers.libraries import LibraryNetwork
 from benchmarks.peers.peer_benchmark import Measured, main, make_comparisons, same_images
 from engine.backends.eager.eager_backend import EagerBackend
-from engine.bundle.folder import Bundle, write_manifest
+from engine.bundle.folder import Bundle
 from engine.bundle.from_checkpoint import checkpoint_manifest
-from engine.bundle.manifest import ClassifierEntry, Manifest
+from engine.bundle.manifest import ClassifierEntry, Manifest, NetworkEntry, Networks
 from engine.checkpoints.load import load_checkpoint
 from engine.diffusion.guidance import ClassifierGuidance
 from engine.diffusion.prediction import Diffusion, Prediction, Spacing, Variance
@@ -77,7 +85,11 @@ def test_the_loop_makes_our_images(kind, guided):
     diffusion = KINDS[kind]
     config = adm_unet(learn_sigma=diffusion.variance is Variance.LEARNED_RANGE, num_classes=4, null_class=3)
     unet, classifier = random_network(config), random_network(adm_classifier(num_classes=3))
-    sampler = Sampler(EagerBackend(Manifest("openai-guided", config, diffusion, "00" * 32), unet, "fp32", None))
+    sampler = Sampler(
+        EagerBackend(
+            Manifest("openai-guided", Networks(NetworkEntry(config)), diffusion, "00" * 32), unet, "fp32", None
+        )
+    )
     task = Task(5, guided, (0, 2), seed=5)
     gradient = classifier_gradient(classifier, task, CPU) if guided else None
     got = ddim_loop.sample(unet, config, diffusion, task, CPU, gradient)
@@ -124,7 +136,7 @@ def bundle_of(path: Path, folder: Path, **facts: Any) -> Path:
     checkpoint = load_checkpoint(path, **facts)
     folder.mkdir()
     save_weights(checkpoint.weights, folder / "unet.safetensors")
-    write_manifest(folder, checkpoint_manifest(checkpoint))
+    Bundle.write(folder, checkpoint_manifest(checkpoint))
     return folder
 
 
@@ -330,7 +342,7 @@ def test_compiled_code_is_trusted_less_between_runs():
 
 def test_images_are_asked_of_every_class_but_the_one_for_none(tmp_path, bundle):
     opened = Bundle.open(bundle)
-    unet = random_network(opened.manifest.config)
+    unet = random_network(opened.manifest.unet.config)
     subject = Subject(opened, unet, "no classifier was given", None, None, CPU, 5, None, tmp_path)
     assert subject.task(3, guided=False).classes == (0, 1, 2, 0, 1)
     guided = subject.task(3, guided=True)
@@ -364,8 +376,8 @@ def test_the_files_beside_a_bundle_must_be_its_own(bundle):
     opened = Bundle.open(bundle)
     facts = {"family": "openai-guided", "num_head_channels": 32, "noise_schedule": "cosine"}
     shipped = load_checkpoint(CLASSIFIER, **facts)
-    entry = ClassifierEntry(shipped.config, file_sha256(CLASSIFIER))  # type: ignore[arg-type]
-    guided = dataclasses.replace(opened, manifest=dataclasses.replace(opened.manifest, classifier=entry))
+    entry = ClassifierEntry(shipped.config, checkpoint_sha256=file_sha256(CLASSIFIER))  # type: ignore[arg-type]
+    guided = dataclasses.replace(opened, manifest=with_classifier(opened.manifest, entry))
     found = read_classifier(guided, CLASSIFIER)
     assert not isinstance(found, str)
     assert found.config == shipped.config

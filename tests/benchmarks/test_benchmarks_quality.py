@@ -22,7 +22,7 @@ from benchmarks.quality import quality_benchmark as quality
 from benchmarks.quality.image_checks import accuracy_check, frechet_check
 from engine import load_checkpoint
 from engine.backends.protocol import Backend
-from engine.bundle.folder import Bundle, write_manifest
+from engine.bundle.folder import Bundle
 from engine.bundle.from_checkpoint import checkpoint_manifest
 from engine.errors import BackendError
 from engine.networks.inputs import UNCONDITIONED, Conditions
@@ -53,7 +53,7 @@ def digits(tmp_path_factory, fewer_digits) -> Path:
     folder.mkdir()
     checkpoint = load_checkpoint(shipped.CHECKPOINT, **shipped.FACTS)
     save_file({name: value.contiguous() for name, value in checkpoint.weights.items()}, folder / "unet.safetensors")
-    write_manifest(folder, checkpoint_manifest(checkpoint))
+    Bundle.write(folder, checkpoint_manifest(checkpoint))
     return folder
 
 

@@ -289,7 +289,7 @@ def test_steps_on_a_device(bundle, monkeypatch, guided):
         monkeypatch.setattr(module, "cuda_device", lambda: device)
     monkeypatch.setattr(pool.SlotPool.__init__, "__defaults__", (lambda: device,))
     monkeypatch.setattr(pool, "update_for", lambda _: torch_update)
-    backend = OnDevice(opened.manifest, random_network(opened.manifest.config), "fp32", None)
+    backend = OnDevice(opened.manifest, random_network(opened.manifest.unet.config), "fp32", None)
     network = StepNetwork(Sampler(backend), ClassifierGuidance(CapturableGuide()) if guided else None)
     assert network.device is device
     monkeypatch.setattr(batch_measure, "_error", lambda *_: None)

@@ -9,9 +9,9 @@ from types import ModuleType
 import pytest
 
 from engine import load_checkpoint
-from engine.bundle.folder import write_manifest
+from engine.bundle.file_names import UNET, weights_name
+from engine.bundle.folder import Bundle
 from engine.bundle.from_checkpoint import checkpoint_manifest
-from engine.bundle.manifest import WEIGHTS_NAME
 from export.weights import save_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,8 +30,8 @@ def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
     checkpoint = load_checkpoint(ROOT / "assets" / "digits.pt", **FACTS)
     folder = tmp_path_factory.mktemp("bundle") / "digits.engine"
     folder.mkdir()
-    save_weights(checkpoint.weights, folder / WEIGHTS_NAME)
-    write_manifest(folder, checkpoint_manifest(checkpoint))
+    save_weights(checkpoint.weights, folder / weights_name(UNET))
+    Bundle.write(folder, checkpoint_manifest(checkpoint))
     return str(folder)
 
 

@@ -9,9 +9,9 @@ import torch
 
 from engine import BackendError, Sampler, UnknownFamilyError, load_checkpoint
 from engine.backends.ort.ort_backend import OrtBackend
-from engine.bundle.folder import Bundle, write_manifest
+from engine.bundle.file_names import UNET, onnx_name
+from engine.bundle.folder import Bundle
 from engine.bundle.from_checkpoint import checkpoint_manifest
-from engine.bundle.manifest import ONNX_NAME
 from engine.checkpoints import load
 from export.to_onnx import export_onnx
 from tests.examples.plain_unet import PlainUNet, save
@@ -68,15 +68,15 @@ def onnx_bundle(family, original, tmp_path) -> Path:
     checkpoint = load_checkpoint(tmp_path / "plain.pt")
     folder = tmp_path / "plain.engine"
     folder.mkdir()
-    export_onnx(checkpoint.unet(), folder / ONNX_NAME)
-    write_manifest(folder, checkpoint_manifest(checkpoint))
+    export_onnx(checkpoint.unet(), folder / onnx_name(UNET))
+    Bundle.write(folder, checkpoint_manifest(checkpoint))
     return folder
 
 
 def test_the_backend_makes_the_images_of_another_backend(example, onnx_bundle):
     bundle = Bundle.open(onnx_bundle)
     own = Sampler(example("extend/backend").open(bundle, None, None))
-    ort = Sampler(OrtBackend(bundle.manifest, bundle.file(ONNX_NAME), "fp32", 1))
+    ort = Sampler(OrtBackend(bundle.manifest, bundle.file(onnx_name(UNET)), "fp32", 1))
     made, wanted = (sampler.sample(2, steps=3, seed=4, batch_size=1) for sampler in (own, ort))
     assert (made - wanted).abs().max() <= 1e-4
     own.close()

@@ -22,8 +22,8 @@ import export.verify
 from engine import Sampler, load_checkpoint, open_backend
 from engine.backends.native.byte_ranges import read_ranges
 from engine.backends.protocol import Backend
+from engine.bundle.file_names import MANIFEST, UNET, onnx_name, ranges_name, weights_name
 from engine.bundle.folder import Bundle
-from engine.bundle.manifest import FP16_ONNX_NAME, INT8_NAME, MANIFEST_NAME, ONNX_NAME, WEIGHTS_NAME
 from engine.checkpoints.types import Checkpoint
 from engine.errors import ExportError, OutputError
 from engine.networks.classifier import Classifier
@@ -128,7 +128,7 @@ def quick(made: Made, monkeypatch: pytest.MonkeyPatch) -> Made:
 @pytest.fixture
 def unverified(quick: Made, monkeypatch: pytest.MonkeyPatch) -> Made:
     """As quick, and without running the artefacts."""
-    monkeypatch.setattr(export.to_onnx, "verify", lambda *_: quick.bundle.manifest.verification)
+    monkeypatch.setattr(export.to_onnx, "verify", lambda *_: quick.bundle.manifest.unet.verification)
     return quick
 
 
@@ -151,7 +151,9 @@ def leftovers(folder: Path) -> set[str]:
 
 
 def test_files_of_the_bundle(made):
-    expected = {MANIFEST_NAME, WEIGHTS_NAME, ONNX_NAME, FP16_ONNX_NAME} | ({"unet.rtx.plan"} if has_rtx() else set())
+    expected = {MANIFEST, weights_name(UNET), onnx_name(UNET), onnx_name(UNET, "fp16")} | (
+        {"unet.rtx.plan"} if has_rtx() else set()
+    )
     assert leftovers(made.bundle.path) == expected
     assert leftovers(made.file.parent) == {"net.pt", "net.engine"}
     made.bundle.verify()
@@ -162,27 +164,27 @@ def test_files_of_the_bundle(made):
 def test_manifest(made):
     manifest = made.bundle.manifest
     assert manifest.family == "openai-guided"
-    assert manifest.config == made.checkpoint.config
+    assert manifest.unet.config == made.checkpoint.config
     assert manifest.checkpoint_sha256 == made.checkpoint.sha256
     assert [a[0] for a in manifest.assumptions] == [a.name for a in made.checkpoint.assumptions]
     assert {"torch", "onnx", "onnxscript"} <= set(manifest.versions)
-    assert manifest.precision[ONNX_NAME] == "fp32 throughout"
+    assert manifest.unet.files[onnx_name(UNET)] == "fp32 throughout"
     for kept in ("sin/cos", "group-norm statistics", "softmax", "input and output"):
-        assert kept in manifest.precision[FP16_ONNX_NAME]
+        assert kept in manifest.unet.files[onnx_name(UNET, "fp16")]
 
 
 def test_weights_are_the_checkpoints(made):
     from safetensors.torch import load_file
 
-    stored = load_file(made.bundle.path / WEIGHTS_NAME)
+    stored = load_file(made.bundle.path / weights_name(UNET))
     assert set(stored) == set(made.checkpoint.weights)
     assert all(torch.equal(stored[name], value) for name, value in made.checkpoint.weights.items())
 
 
 def test_every_artefact_was_measured(made):
-    measured = {(m.artefact, m.precision) for m in made.bundle.manifest.verification}
-    assert {(ONNX_NAME, "fp32"), (FP16_ONNX_NAME, "fp16"), (WEIGHTS_NAME, "fp16")} <= measured
-    for m in made.bundle.manifest.verification:
+    measured = {(m.artefact, m.precision) for m in made.bundle.manifest.unet.verification}
+    assert {(onnx_name(UNET), "fp32"), (onnx_name(UNET, "fp16"), "fp16"), (weights_name(UNET), "fp16")} <= measured
+    for m in made.bundle.manifest.unet.verification:
         assert m.passed
         assert 0 < m.rms <= m.max_abs
         assert m.limit == export.verify.LIMITS[m.precision]
@@ -199,13 +201,13 @@ def test_json_summary(made):
 
 
 def test_onnx_files_hold_no_paths_of_this_machine(made):
-    for name in (ONNX_NAME, FP16_ONNX_NAME):
+    for name in (onnx_name(UNET), onnx_name(UNET, "fp16")):
         content = (made.bundle.path / name).read_bytes()
         assert str(CHECKOUT).encode() not in content
         assert b".py" not in content
 
 
-@pytest.mark.parametrize("name", [ONNX_NAME, FP16_ONNX_NAME])
+@pytest.mark.parametrize("name", [onnx_name(UNET), onnx_name(UNET, "fp16")])
 def test_onnx_interface(made, name):
     onnx = pytest.importorskip("onnx")
     model = onnx.load(made.bundle.path / name)
@@ -226,7 +228,7 @@ def test_onnx_interface(made, name):
 
 def test_fp16_file_keeps_softmax_angles_and_statistics_in_fp32(made):
     onnx = pytest.importorskip("onnx")
-    model = onnx.shape_inference.infer_shapes(onnx.load(made.bundle.path / FP16_ONNX_NAME))
+    model = onnx.shape_inference.infer_shapes(onnx.load(made.bundle.path / onnx_name(UNET, "fp16")))
     types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.input)}
     nodes = list(model.graph.node)
     for op in ("Softmax", "Sin", "Cos"):
@@ -299,7 +301,7 @@ def test_a_seed_is_an_image_alone_in_a_batch_and_at_any_slot(made, backend, samp
 def test_plan(made):
     if not has_rtx():
         pytest.skip("plans without a GPU need TensorRT-RTX: pip install tensorrt-rtx-cu13")
-    (plan,) = made.bundle.manifest.plans
+    (plan,) = made.bundle.manifest.unet.plans
     assert (plan.file, plan.library, plan.targets) == ("unet.rtx.plan", "tensorrt_rtx", ("sm86", "sm89"))
     assert plan.batch_profile == (1, 8, 64)
     assert plan.precision == "fp16"
@@ -358,21 +360,21 @@ def test_plan_that_cannot_be_built(unverified, tmp_path, capsys, monkeypatch):
 
 def test_an_unreadable_file_has_no_products(tmp_path):
     pytest.importorskip("onnx")
-    (tmp_path / ONNX_NAME).write_bytes(b"no protobuf at all")
+    (tmp_path / onnx_name(UNET)).write_bytes(b"no protobuf at all")
     with pytest.raises(ExportError, match="not a readable ONNX file"):
-        has_wide_products(tmp_path / ONNX_NAME)
+        has_wide_products(tmp_path / onnx_name(UNET))
 
 
 @pytest.mark.trt
 def test_failed_build_gives_the_librarys_reason(made, tmp_path):
     if not has_rtx():
         pytest.skip("plans without a GPU need TensorRT-RTX: pip install tensorrt-rtx-cu13")
-    shutil.copy(made.bundle.path / ONNX_NAME, tmp_path)
+    shutil.copy(made.bundle.path / onnx_name(UNET), tmp_path)
     (builder,) = (b for b in find_builders(("sm75",)) if b.library.name == "tensorrt_rtx")
     # Turing has no matrix products in fp32.
     with pytest.raises(ExportError, match=r"(?s)cannot build unet.rtx.plan for sm75:\n  .*Turing.*Try fewer targets"):
-        builder.build(tmp_path / ONNX_NAME, (1, 2, 2), "fp32")
-    assert leftovers(tmp_path) == {ONNX_NAME}
+        builder.build(tmp_path / onnx_name(UNET), (1, 2, 2), "fp32")
+    assert leftovers(tmp_path) == {onnx_name(UNET)}
 
 
 @pytest.fixture
@@ -385,11 +387,11 @@ def test_without_tensorrt_the_rest_is_whole(unverified, tmp_path, capsys, withou
     assert to_trt.main([str(unverified.copy(tmp_path)), *FLAGS]) == 0
     out, err = capsys.readouterr()
     assert "no TensorRT is installed here, so no plan is built; install it with: pip install 'unet-rt[trt]'\n" in err
-    assert FP16_ONNX_NAME in out
+    assert onnx_name(UNET, "fp16") in out
     bundle = Bundle.open(tmp_path / "net.engine")
     bundle.verify()
-    assert bundle.manifest.plans == ()
-    assert bundle.has(FP16_ONNX_NAME)
+    assert bundle.manifest.unet.plans == ()
+    assert bundle.has(onnx_name(UNET, "fp16"))
     x_t, timestep, y = inputs(2)
     assert open_backend(bundle, "eager")(x_t, timestep, Conditions(y)).shape == (2, 2, 8, 12)
 
@@ -411,7 +413,7 @@ def test_to_onnx_prints_the_table(quick, tmp_path, capsys):
     assert "rms / output rms" in out
     assert "onnxruntime cpu" in out
     assert "fp16" not in out
-    assert leftovers(tmp_path / "new" / "x.engine") == {MANIFEST_NAME, WEIGHTS_NAME, ONNX_NAME}
+    assert leftovers(tmp_path / "new" / "x.engine") == {MANIFEST, weights_name(UNET), onnx_name(UNET)}
     assert "Traceback" not in err
 
 
@@ -420,9 +422,9 @@ def test_8_bit_convolutions_where_asked(unverified, without_tensorrt, tmp_path, 
     file = unverified.copy(tmp_path)
     assert command.main([str(file), *FLAGS, "--native-int8"]) == 0
     bundle = Bundle.open(file.with_suffix(".engine"))
-    assert read_ranges(bundle.file(INT8_NAME))
-    assert "3x3 convolutions in ResBlocks in int8" in bundle.manifest.precision[INT8_NAME]
-    (measured,) = (m for m in bundle.manifest.verification if m.artefact == INT8_NAME)
+    assert read_ranges(bundle.file(ranges_name(UNET)))
+    assert "3x3 convolutions in ResBlocks in int8" in bundle.manifest.unet.files[ranges_name(UNET)]
+    (measured,) = (m for m in bundle.manifest.unet.verification if m.artefact == ranges_name(UNET))
     assert (measured.precision, measured.runner) == ("int8", "torch cpu")
     assert 0 < measured.relative < 0.03
 
@@ -442,7 +444,7 @@ def test_a_second_export_replaces_the_first_as_a_whole(unverified, tmp_path):
     shutil.copytree(unverified.bundle.path, tmp_path / "net.engine")
     (tmp_path / "net.engine" / "stale").write_text("from before")
     assert to_onnx.main([str(file), *FLAGS]) == 0
-    assert leftovers(tmp_path / "net.engine") == {MANIFEST_NAME, WEIGHTS_NAME, ONNX_NAME}
+    assert leftovers(tmp_path / "net.engine") == {MANIFEST, weights_name(UNET), onnx_name(UNET)}
     assert leftovers(tmp_path) == {"net.pt", "net.engine"}
 
 
@@ -471,7 +473,7 @@ def test_unwritable_folder(made, tmp_path, capsys, monkeypatch):
     assert leftovers(tmp_path) == set()
 
 
-@pytest.mark.parametrize("name", [WEIGHTS_NAME, ONNX_NAME, MANIFEST_NAME])
+@pytest.mark.parametrize("name", [weights_name(UNET), onnx_name(UNET), MANIFEST])
 def test_full_disk(unverified, tmp_path, capsys, monkeypatch, name):
     file = unverified.copy(tmp_path)
     real = Path.open
@@ -482,7 +484,7 @@ def test_full_disk(unverified, tmp_path, capsys, monkeypatch, name):
         return real(path, mode, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", full)
-    if name == ONNX_NAME:
+    if name == onnx_name(UNET):
         monkeypatch.setattr(export.to_onnx, "export_onnx", lambda _, path: path.open("wb"))
     assert to_onnx.main([str(file), *FLAGS]) == 2
     message = capsys.readouterr().err
@@ -537,7 +539,7 @@ def corrupt(path: Path, name: str) -> None:
     onnx.save(model, path)
 
 
-@pytest.mark.parametrize("artefact", [ONNX_NAME, FP16_ONNX_NAME])
+@pytest.mark.parametrize("artefact", [onnx_name(UNET), onnx_name(UNET, "fp16")])
 def test_an_artefact_that_differs_is_not_written(quick, tmp_path, capsys, monkeypatch, artefact):
     copy = export.to_onnx.export_onnx
     blocks = quick.checkpoint.config.blocks
@@ -558,7 +560,7 @@ def test_an_artefact_that_differs_is_not_written(quick, tmp_path, capsys, monkey
     worst = re.search(r"worst layer blocks\.(\d+) \w+, 0\.\d", message)
     assert worst is not None
     assert int(worst[1]) >= victim
-    assert ("export.to_onnx CHECKPOINT" in message) == (artefact == FP16_ONNX_NAME)
+    assert ("export.to_onnx CHECKPOINT" in message) == (artefact == onnx_name(UNET, "fp16"))
     assert leftovers(tmp_path) == {"net.pt", "net.engine"}
     Bundle.open(tmp_path / "net.engine").verify()
 

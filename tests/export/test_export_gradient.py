@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import adm_classifier, adm_unet, call_main, random_network, write_bundle, write_checkpoint
+from helpers import adm_classifier, adm_unet, call_main, random_network, with_classifier, write_bundle, write_checkpoint
 from native_cases import instruction_sets
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,14 +20,15 @@ from engine.backends.native.native_guide import NativeGuide
 from engine.backends.ort.ort_backend import OrtGuide
 from engine.backends.ov.ov_backend import OpenVINOGuide
 from engine.backends.registry import open_guide
-from engine.bundle.folder import Bundle, write_manifest
-from engine.bundle.manifest import CLASSIFIER_FP16_NAME, CLASSIFIER_NAME, CLASSIFIER_WEIGHTS_NAME
+from engine.bundle.file_names import CLASSIFIER, onnx_name, weights_name
+from engine.bundle.folder import Bundle
+from engine.bundle.manifest import ClassifierEntry
 from engine.checkpoints.types import Checkpoint
 from engine.diffusion.guidance import ClassifierGuidance
 from engine.networks.classifier import AutogradGuide, Classifier
 from export import guide as guidance
 from export import to_onnx, to_trt
-from export.guide import GAINS, LIMITS, ClassifierResult, GuideCase, export_classifier
+from export.guide import GAINS, LIMITS, GuideCase, export_classifier
 from export.onnx import gradient, gradient_rules
 from export.onnx.onnx_file import has_wide_products
 from export.subject import Subject, make_subject
@@ -42,8 +43,8 @@ OTHER_LIBRARY = 1e-4
 # A rule beside autograd in float64.
 RULE = 1e-12
 
-UNET = adm_unet(mult=(1,), attention=(), num_classes=None)
-CLASSIFIER = adm_classifier(mult=(1, 1), attention=(), num_classes=5)
+UNET_CONFIG = adm_unet(mult=(1,), attention=(), num_classes=None)
+CLASSIFIER_CONFIG = adm_classifier(mult=(1, 1), attention=(), num_classes=5)
 FACTS = {"family": "openai-guided", "image_size": (8, 8), "num_head_channels": 32, "noise_schedule": "cosine"}
 
 
@@ -63,21 +64,15 @@ class Made:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("gradient")
-    unet = write_checkpoint(folder / "net.pt", UNET)
-    classifier = write_checkpoint(folder / "clf.pt", CLASSIFIER, seed=1)
+    unet = write_checkpoint(folder / "net.pt", UNET_CONFIG)
+    classifier = write_checkpoint(folder / "clf.pt", CLASSIFIER_CONFIG, seed=1)
     # The U-Net's own export has its tests; here its weights are enough.
-    path = write_bundle(folder / "net.engine", UNET)
+    path = write_bundle(folder / "net.engine", UNET_CONFIG)
     subject = make_subject(load_checkpoint(unet, **FACTS))
-    result = export_classifier(path, load_checkpoint(classifier, **FACTS), subject, fp16=True)
-    manifest = dataclasses.replace(
-        Bundle.open(path).manifest,
-        classifier=result.entry,
-        verification=result.measurements,
-        precision=result.precision,
-    )
-    write_manifest(path, manifest)
-    bundle = Bundle.open(path)
-    return Made(unet, classifier, bundle)
+    opened = Bundle.open(path)
+    entry = export_classifier(path, load_checkpoint(classifier, **FACTS), subject, fp16=True)
+    Bundle.write(path, with_classifier(opened.manifest, entry))
+    return Made(unet, classifier, Bundle.open(path))
 
 
 def case(network: Classifier, batch: int, seed: int = 0, y: Tensor | None = None) -> GuideCase:
@@ -236,7 +231,7 @@ def test_traced_graph_equals_autograd(config):
 @pytest.mark.parametrize("kind", [OrtGuide, OpenVINOGuide])
 def test_file_equals_autograd_for_every_batch(made, kind):
     network = made.network
-    guide = kind(network.config, made.bundle.file(CLASSIFIER_NAME), 1)
+    guide = kind(network.config, made.bundle.file(onnx_name(CLASSIFIER)), 1)
     for batch in (1, 2, 3, 5, 8):
         wanted = case(network, batch, seed=batch)
         grad, log_p = guide(*wanted.inputs())
@@ -248,7 +243,7 @@ def test_file_equals_autograd_for_every_batch(made, kind):
         guide(*wanted.inputs())
 
 
-@pytest.mark.parametrize("name", [CLASSIFIER_NAME, CLASSIFIER_FP16_NAME])
+@pytest.mark.parametrize("name", [onnx_name(CLASSIFIER), onnx_name(CLASSIFIER, "fp16")])
 def test_file_is_an_ordinary_forward_graph(made, name):
     onnx = pytest.importorskip("onnx")
     model = onnx.load(made.bundle.file(name))
@@ -290,7 +285,7 @@ def test_constants_that_depend_on_the_input_are_refused():
 
 
 def test_example_batch_divides_no_dimension():
-    network = random_network(CLASSIFIER)
+    network = random_network(CLASSIFIER_CONFIG)
     batch = gradient.example_batch(network)
     assert batch > 2
     assert all(size % batch for value in network.state_dict().values() for size in value.shape)
@@ -306,7 +301,7 @@ def test_operator_without_rule_is_named(monkeypatch):
 
 
 def test_half_refuses_a_weight_beyond_its_range():
-    network = random_network(CLASSIFIER)
+    network = random_network(CLASSIFIER_CONFIG)
     network.get_parameter("blocks.0.weight").view(-1)[0] = 1e5
     with pytest.raises(
         ExportError, match=r"classifier's blocks.0.weight reaches 1e\+05, beyond fp16's 65504; .*to_onnx"
@@ -350,24 +345,24 @@ def test_manifest_describes_the_classifier(made):
     manifest = Bundle.open(made.bundle.path).manifest
     entry = manifest.classifier
     assert entry is not None
-    assert entry.config == CLASSIFIER
+    assert entry.config == CLASSIFIER_CONFIG
     assert entry.checkpoint_sha256 == load_checkpoint(made.classifier, **FACTS).sha256
     assert entry.gain in GAINS
     assert ("num_train_timesteps", 1000) in [assumption[:2] for assumption in entry.assumptions]
-    assert f"gain {entry.gain:g}" in manifest.precision[CLASSIFIER_FP16_NAME]
-    measured = {(m.artefact, m.runner, m.precision) for m in manifest.verification if "classifier" in m.artefact}
+    assert f"gain {entry.gain:g}" in entry.files[onnx_name(CLASSIFIER, "fp16")]
+    measured = {(m.artefact, m.runner, m.precision) for m in entry.verification}
     assert measured == {
         (f"{artefact} {output}", runner, precision)
         for output in ("grad", "log_p")
         for artefact, runner, precision in (
-            (CLASSIFIER_NAME, "onnxruntime cpu", "fp32"),
-            (CLASSIFIER_NAME, "openvino cpu", "fp32"),
-            (CLASSIFIER_FP16_NAME, "onnxruntime cpu", "fp16"),
-            (CLASSIFIER_FP16_NAME, "torch cpu", "fp16"),
-            *((CLASSIFIER_WEIGHTS_NAME, "native cpu", precision) for precision in native_precisions()),
+            (onnx_name(CLASSIFIER), "onnxruntime cpu", "fp32"),
+            (onnx_name(CLASSIFIER), "openvino cpu", "fp32"),
+            (onnx_name(CLASSIFIER, "fp16"), "onnxruntime cpu", "fp16"),
+            (onnx_name(CLASSIFIER, "fp16"), "torch cpu", "fp16"),
+            *((weights_name(CLASSIFIER), "native cpu", precision) for precision in native_precisions()),
         )
     }
-    assert all(m.passed for m in manifest.verification)
+    assert all(m.passed for m in entry.verification)
     Bundle.open(made.bundle.path).verify()
 
 
@@ -379,13 +374,13 @@ def test_measurement_sees_a_wrong_gradient_and_a_scale_that_is_ignored():
         grad, log_p = right(*inputs)
         return grad * 1.001, log_p + 0.1
 
-    results = guidance.measure_guide(CLASSIFIER_NAME, "a runner", "fp32", off_by_a_thousandth, cases)
+    results = guidance.measure_guide(onnx_name(CLASSIFIER), "a runner", "fp32", off_by_a_thousandth, cases)
     assert [m.passed for m in results] == [False, False]
     assert results[0].relative == pytest.approx(1e-3, rel=1e-2)
-    assert all(m.passed for m in guidance.measure_guide(CLASSIFIER_NAME, "a runner", "fp32", right, cases))
+    assert all(m.passed for m in guidance.measure_guide(onnx_name(CLASSIFIER), "a runner", "fp32", right, cases))
     with pytest.raises(ExportError, match="on a runner: a scale of 0 gives a gradient other than 0"):
         guidance.measure_guide(
-            CLASSIFIER_NAME, "a runner", "fp32", lambda x, t, y, _: right(x, t, y, torch.ones(len(x))), cases
+            onnx_name(CLASSIFIER), "a runner", "fp32", lambda x, t, y, _: right(x, t, y, torch.ones(len(x))), cases
         )
 
 
@@ -440,7 +435,7 @@ def test_library_of_the_guide(made, monkeypatch, caplog):
 
 
 def test_sampler_without_a_classifier(tmp_path):
-    bundle = write_bundle(tmp_path / "plain.engine", UNET)
+    bundle = write_bundle(tmp_path / "plain.engine", UNET_CONFIG)
     assert Bundle.open(bundle).manifest.classifier is None
     sampler = Sampler.open(bundle, "eager")
     with pytest.raises(
@@ -479,30 +474,28 @@ def test_export_commands_read_the_classifier(made, monkeypatch, command, verb):
     flags = ["--family", "openai-guided", "--image-size", "8", "--num-head-channels", "32"]
     classifier = ["--classifier", str(made.classifier), "--classifier-fact", "num_head_channels=32"]
     assert command.main([str(made.unet), *flags, *classifier]) == 0
-    assert seen["classifier"].config == CLASSIFIER
+    assert seen["classifier"].config == CLASSIFIER_CONFIG
     assert command.main([str(made.unet), *flags]) == 0
     assert seen["classifier"] is None
 
 
 def test_export_puts_the_classifier_into_the_bundle(made, tmp_path, monkeypatch):
-    entry, measured = made.bundle.manifest.classifier, made.bundle.manifest.verification
+    entry = dataclasses.replace(made.bundle.manifest.classifier, files={onnx_name(CLASSIFIER): "fp32 throughout"})
     seen = []
 
-    def write(folder: Path, given: Checkpoint, subject: Subject, fp16: bool) -> ClassifierResult:
+    def write(folder: Path, given: Checkpoint, subject: Subject, fp16: bool) -> ClassifierEntry:
         seen.append((given, subject.checkpoint, fp16))
-        (folder / CLASSIFIER_NAME).write_bytes(b"a graph")
-        return ClassifierResult(entry, measured, {CLASSIFIER_NAME: "fp32 throughout"})
+        (folder / onnx_name(CLASSIFIER)).write_bytes(b"a graph")
+        return entry
 
     monkeypatch.setattr(to_onnx, "export_classifier", write)
-    monkeypatch.setattr(to_onnx, "export_onnx", lambda *_: None)
+    monkeypatch.setattr(to_onnx, "export_onnx", lambda _, path: path.write_bytes(b"another graph"))
     monkeypatch.setattr(to_onnx, "verify", lambda *_: ())
     checkpoint, classifier = (load_checkpoint(path, **FACTS) for path in (made.unet, made.classifier))
     bundle = export_bundle(checkpoint, tmp_path / "net.engine", classifier=classifier)
     assert seen == [(classifier, checkpoint, False)]
-    assert bundle.file(CLASSIFIER_NAME).read_bytes() == b"a graph"
-    assert bundle.manifest.classifier.to_dict() == entry.to_dict()
-    assert bundle.manifest.verification == measured
-    assert bundle.manifest.precision[CLASSIFIER_NAME] == "fp32 throughout"
+    assert bundle.file(onnx_name(CLASSIFIER)).read_bytes() == b"a graph"
+    assert bundle.manifest.classifier == entry
 
 
 def test_export_refuses_a_classifier_that_does_not_fit(made, tmp_path, capsys):
@@ -525,13 +518,13 @@ def test_tensorrt_builds_the_gradient(made, tmp_path, caplog):
     Turing cannot: it is left out.
     """
     pytest.importorskip("tensorrt_rtx", reason="plans without a GPU need TensorRT-RTX: pip install tensorrt-rtx-cu13")
-    onnx = shutil.copy(made.bundle.file(CLASSIFIER_FP16_NAME), tmp_path)
-    (builder,) = to_trt._without_sm75(find_builders(("sm75", "sm86")), CLASSIFIER_FP16_NAME)
+    onnx = shutil.copy(made.bundle.file(onnx_name(CLASSIFIER, "fp16")), tmp_path)
+    (builder,) = to_trt._without_sm75(find_builders(("sm75", "sm86")), onnx_name(CLASSIFIER, "fp16"))
     plan = builder.build(Path(onnx), (1, 2, 4), "fp16")
     assert plan.targets == ("sm86",)
     assert has_wide_products(Path(onnx))
     assert "leaves out sm75" in caplog.text
-    assert to_trt._without_sm75(find_builders(("sm75",)), CLASSIFIER_FP16_NAME) == ()
+    assert to_trt._without_sm75(find_builders(("sm75",)), onnx_name(CLASSIFIER, "fp16")) == ()
     assert plan.file == "classifier.rtx.plan"
     assert (tmp_path / plan.file).stat().st_size > 100_000
     assert plan.fusion is not None

@@ -10,14 +10,14 @@ import warnings
 import pytest
 import torch
 from exported import call
-from helpers import adm_classifier, adm_unet, write_checkpoint
+from helpers import adm_classifier, adm_unet, with_unet, write_checkpoint
 
 import export.onnx.onnx_file
 from engine import load_checkpoint
 from engine.backends.ort.ort_backend import OrtBackend
 from engine.backends.ov.ov_backend import OpenVINOBackend
 from engine.bundle.folder import Bundle
-from engine.bundle.manifest import FileEntry, Manifest, Measurement, PlanEntry
+from engine.bundle.manifest import FileEntry, Manifest, Measurement, NetworkEntry, Networks, PlanEntry
 from engine.diffusion.prediction import Diffusion
 from engine.diffusion.schedule import linear_schedule
 from engine.errors import CheckpointError, ExportError
@@ -37,8 +37,7 @@ CONFIG = UNetConfig(
     in_channels=1,
     out_channels=1,
     image_size=(8, 4),
-    embed_channels=7,
-    time_channels=16,
+    time=TimeConfig(7, 16),
     blocks=(
         Conv(3, 8),
         Push(),
@@ -75,7 +74,7 @@ def inputs(batch: int, config: UNetConfig = CONFIG) -> Inputs:
 
 
 def manifest(config: UNetConfig = CONFIG) -> Manifest:
-    return Manifest("test", config, Diffusion(linear_schedule(1000)), "00" * 32)
+    return Manifest("test", Networks(NetworkEntry(config)), Diffusion(linear_schedule(1000)), "00" * 32)
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +156,8 @@ def test_fp16_as_a_gpu_rounds_it():
 
 
 def test_learned_frequencies_stay_in_fp32():
-    time = TimeConfig(has_frequencies=True)
-    unet = random_unet(dataclasses.replace(CONFIG, embed_channels=8, time=time))
+    time = TimeConfig(8, 16, has_frequencies=True)
+    unet = random_unet(dataclasses.replace(CONFIG, time=time))
     unet.time.frequencies += 0.1234567
     half = typed_unet(unet, Precision.FP16)
     assert torch.equal(half.time.frequencies, unet.time.frequencies)
@@ -212,7 +211,7 @@ def test_check_names_what_failed():
 def test_description_of_a_bundle_nothing_could_run(tmp_path):
     plan = PlanEntry("unet.rtx.plan", "tensorrt_rtx", "1.7.1", ("sm86", "sm89"), (1, 8, 64), "fp16")
     files = {"unet.onnx": FileEntry("00" * 32, 3_070_000)}
-    bundle = Bundle(tmp_path, dataclasses.replace(manifest(), files=files, plans=(plan,)))
+    bundle = Bundle(tmp_path, dataclasses.replace(with_unet(manifest(), plans=(plan,)), files=files))
     shown = cli.describe(bundle)
     assert re.search(r"unet.onnx +3.07 MB", shown)
     assert "unet.rtx.plan: tensorrt_rtx 1.7.1, fp16, batch 1 to 64 (best 8), sm86 sm89" in shown

@@ -51,13 +51,13 @@ def test_a_part_that_overflows_is_told_and_stored(checkpoint, capsys):
     assert told in printed.out + printed.err
     assert "leaves out sm75" in printed.out + printed.err
     bundle = Bundle.open(checkpoint.with_suffix(".engine"))
-    ((part, reason),) = bundle.manifest.fp32_parts
+    ((part, reason),) = bundle.manifest.unet.fp32_parts
     assert part == f"blocks.{FIRST}"
     assert "fp16 ends at 65504" in reason
     # OpenVINO runs the fp32 file in bf16 too where the CPU multiplies it.
     cpu_runs = {"fp32", "fp16", "bf16"} if has_bf16() else {"fp32", "fp16"}
-    assert {run.precision for run in bundle.manifest.verification} == cpu_runs
-    (plan,) = bundle.manifest.plans
+    assert {run.precision for run in bundle.manifest.unet.verification} == cpu_runs
+    (plan,) = bundle.manifest.unet.plans
     assert "sm75" not in plan.targets
     assert "sm89" in plan.targets
     assert engine_main(["info", str(bundle.path)]) == 0

@@ -1,10 +1,8 @@
 """Which parts of a network its float16 form leaves in float32, and what that does to its float16 form."""
 
-import dataclasses
-
 import pytest
 import torch
-from helpers import adm_unet, random_network, tiny_manifest
+from helpers import adm_unet, random_network, tiny_manifest, with_unet
 
 from engine.backends.eager.eager_backend import EagerBackend
 from engine.networks import config as c
@@ -181,7 +179,7 @@ def test_stream_writers():
 def test_eager_takes_the_parts_from_the_manifest():
     unet = network()
     unet.blocks[FIRST].conv1.weight *= 1e5
-    manifest = dataclasses.replace(tiny_manifest(CONFIG), fp32_parts=((f"blocks.{FIRST}", "conv1 reaches 1e+06"),))
+    manifest = with_unet(tiny_manifest(CONFIG), fp32_parts=((f"blocks.{FIRST}", "conv1 reaches 1e+06"),))
     inputs = cases()[0]
     with torch.no_grad():
         wanted = unet(**inputs.tensors())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from engine.bundle.manifest import FusionReport, PlanEntry
 from engine.errors import ExportError
+from engine.json_form import decode, encode
 from engine.networks.unet import UNet
 from export.precision import Precision, typed_unet
 from export.to_onnx import export_onnx
@@ -56,7 +56,7 @@ def test_report_counts_what_was_fused(caplog):
     assert report.kernel_types == {"Half": 4}
     assert (report.activation_bytes, report.weight_bytes) == (1000, 70)
     assert report.traffic_bytes == 4 * 2 * (2 * 4 * 3 * 3 * 2)
-    assert FusionReport.from_dict(json.loads(json.dumps(dataclasses.asdict(report)))) == report
+    assert decode(json.loads(json.dumps(encode(report))), FusionReport) == report
     with caplog.at_level(logging.WARNING):
         warn_unfused("unet.rtx.plan", report)
     assert "unet.rtx.plan: not fused: norm3." in caplog.text

@@ -90,7 +90,7 @@ def build(onnx: Path, options: BuildOptions, cache: Path | None = None) -> tuple
     seen: list[Any] = []
     trt = fake_tensorrt(seen)
     library = Library("tensorrt", trt, make_log(trt))
-    builder = PlanBuilder(library, "trt.sm90.plan", ("sm90",), "NVIDIA H100", options)
+    builder = PlanBuilder(library, "trt.sm90", ("sm90",), "NVIDIA H100", options)
     return builder.build(onnx, (1, 8, 64), "fp16", cache), seen
 
 
@@ -151,9 +151,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_the_builder_of_a_machine_with_a_gpu(machine, monkeypatch):
     (builder,) = find_builders(None)
-    assert (builder.suffix, builder.targets) == ("trt.sm90.plan", ("sm90",))
+    assert (builder.built_by, builder.targets) == ("trt.sm90", ("sm90",))
     (builder,) = find_builders(None, BuildOptions(hardware_compatible=True))
-    assert (builder.suffix, builder.targets) == ("trt.sm80plus.plan", ("sm80+",))
+    assert (builder.built_by, builder.targets) == ("trt.sm80plus", ("sm80+",))
     with pytest.raises(ExportError, match="do not go together"):
         find_builders(None, BuildOptions(strip_weights=True, triton_plugins=True))
     with pytest.raises(ExportError, match="--target sm89 needs TensorRT-RTX, which is not used with --plugins"):

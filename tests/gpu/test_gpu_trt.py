@@ -31,13 +31,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         gpu_parts.build(work)
         folder = gpu_parts.bundle_folder(work)
     opened = Bundle.open(folder)
-    if not opened.manifest.plans:
+    if not opened.manifest.unet.plans:
         pytest.skip("no TensorRT that builds for this GPU is installed")
     return opened
 
 
 def inputs(bundle: Bundle, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    config = bundle.manifest.config
+    config = bundle.manifest.unet.config
     rng = torch.Generator().manual_seed(count)
     x_t = torch.randn(count, config.in_channels, *config.image_size, generator=rng)
     times = bundle.manifest.diffusion.schedule.timesteps

@@ -6,8 +6,8 @@ import torch
 
 from engine.backends.eager.eager_backend import EagerBackend
 from engine.backends.requirements import missing_file
+from engine.bundle.file_names import UNET, weights_name
 from engine.bundle.folder import Bundle
-from engine.bundle.manifest import WEIGHTS_NAME
 
 NAME = EagerBackend.name
 LIBRARIES: tuple[str, ...] = ()
@@ -18,9 +18,9 @@ def precisions() -> tuple[str, ...]:
 
 
 def reason_against(bundle: Bundle, precision: str | None) -> str | None:
-    return missing_file(bundle, WEIGHTS_NAME)
+    return missing_file(bundle, weights_name(UNET))
 
 
 def open(bundle: Bundle, precision: str | None, threads: int | None) -> EagerBackend:
-    path = bundle.file(WEIGHTS_NAME)
+    path = bundle.file(weights_name(UNET))
     return EagerBackend.from_weights(bundle.manifest, path, precision or precisions()[0], threads)

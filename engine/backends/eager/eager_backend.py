@@ -32,7 +32,7 @@ class EagerBackend:
         self.manifest, self.precision = manifest, precision
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._threads = threads
-        parts = [name for name, _ in manifest.fp32_parts] if precision == "fp16" else []
+        parts = [name for name, _ in manifest.unet.fp32_parts] if precision == "fp16" else []
         self._unet: UNet | None = cast_unet(unet, _DTYPES[precision], parts).to(self.device)
         if self.device.type == "cuda" and precision != "fp32" and importlib.util.find_spec("triton") is not None:
             fuse(self._unet)
@@ -42,7 +42,7 @@ class EagerBackend:
         """Weights from a bundle's safetensors file."""
         from safetensors.torch import load_file
 
-        return cls(manifest, build_unet(manifest.config, load_file(path)), precision, threads)
+        return cls(manifest, build_unet(manifest.unet.config, load_file(path)), precision, threads)
 
     @classmethod
     def from_checkpoint(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from engine.backends.protocol import Backend
 from engine.backends.requirements import classifier_config, missing_file
+from engine.bundle.file_names import CLASSIFIER, UNET, ranges_name, weights_name
 from engine.bundle.folder import Bundle
-from engine.bundle.manifest import CLASSIFIER_WEIGHTS_NAME, INT8_NAME, WEIGHTS_NAME
 
 if TYPE_CHECKING:
     from engine.backends.native.native_backend import NativeBackend
@@ -37,8 +37,8 @@ def precisions() -> tuple[str, ...]:
 def reason_against(bundle: Bundle, precision: str | None) -> str | None:
     from engine.backends.native.native_backend import unsupported
 
-    needed = INT8_NAME if precision == "int8" else WEIGHTS_NAME
-    return missing_file(bundle, needed) or _machine_reason() or unsupported(bundle.manifest.config)
+    needed = ranges_name(UNET) if precision == "int8" else weights_name(UNET)
+    return missing_file(bundle, needed) or _machine_reason() or unsupported(bundle.manifest.unet.config)
 
 
 def open(bundle: Bundle, precision: str | None, threads: int | None) -> NativeBackend:
@@ -52,7 +52,7 @@ def open(bundle: Bundle, precision: str | None, threads: int | None) -> NativeBa
 def guide_reason_against(bundle: Bundle) -> str | None:
     from engine.backends.native.native_guide import unsupported
 
-    return missing_file(bundle, CLASSIFIER_WEIGHTS_NAME) or _machine_reason() or unsupported(classifier_config(bundle))
+    return missing_file(bundle, weights_name(CLASSIFIER)) or _machine_reason() or unsupported(classifier_config(bundle))
 
 
 def open_guide(bundle: Bundle, precision: str | None, threads: int | None, beside: Backend | None) -> NativeGuide:

@@ -19,8 +19,9 @@ from engine.backends.native.lowering import build_program
 from engine.backends.native.program import FORMAT, Program
 from engine.backends.native.time_rows import PREFIX, TimeRows
 from engine.backends.native.weight_cache import Content, Key, load_or_pack
+from engine.bundle.file_names import UNET, ranges_name, weights_name
 from engine.bundle.folder import Bundle
-from engine.bundle.manifest import INT8_NAME, WEIGHTS_NAME, Manifest
+from engine.bundle.manifest import Manifest
 from engine.errors import BackendError
 from engine.networks.config import ClassifierConfig, UNetConfig
 from engine.networks.inputs import UNCONDITIONED, Conditions, Inputs
@@ -39,7 +40,7 @@ class NativeBackend:
         self.manifest = manifest
         self.device = torch.device("cpu")
         self.isa, self.precision = network.isa, network.precision
-        self._rows = TimeRows(manifest.config, content.time)
+        self._rows = TimeRows(manifest.unet.config, content.time)
         try:
             self._engine: Engine | None = Engine(network, content.packed, count_cores() if threads is None else threads)
         except NativeError as error:
@@ -52,10 +53,10 @@ class NativeBackend:
         precision: "fp32", "bf16" or "int8", on the fastest instruction set of this CPU. int8 is bf16 with 8-bit
         convolutions, those that unet.int8.json names. Raises BackendError or BundleError.
         """
-        ranges = read_ranges(bundle.file(INT8_NAME)) if precision == "int8" else {}
-        program = with_int8(build_program(bundle.manifest.config), ranges)
+        ranges = read_ranges(bundle.file(ranges_name(UNET))) if precision == "int8" else {}
+        program = with_int8(build_program(bundle.manifest.unet.config), ranges)
         network = make_network(program, find_isa(precision))
-        return cls(bundle.manifest, network, load_weights(bundle, WEIGHTS_NAME, program, network), threads)
+        return cls(bundle.manifest, network, load_weights(bundle, weights_name(UNET), program, network), threads)
 
     @classmethod
     def from_weights(
@@ -71,7 +72,7 @@ class NativeBackend:
         isa: None for this CPU's fastest in fp32. ranges: of the inputs of convolutions to compute in int8, which needs
         an instruction set for bf16.
         """
-        program = with_int8(build_program(manifest.config), ranges)
+        program = with_int8(build_program(manifest.unet.config), ranges)
         network = make_network(program, find_isa("fp32") if isa is None else isa)
         return cls(manifest, network, pack_weights(program, network, state), threads)
 
@@ -96,14 +97,14 @@ class NativeBackend:
     def _prepare(self, inputs: Inputs) -> tuple[Engine, NDArray[np.float32], NDArray[np.float32]]:
         engine = self.engine
         timestep = inputs.timestep
-        x = _join(self.manifest.config, inputs.x_t, inputs.conditions.image)
+        x = _join(self.manifest.unet.config, inputs.x_t, inputs.conditions.image)
         if len(timestep) != len(x):
             raise BackendError(f"x_t has {len(x)} images and timestep {len(timestep)}; expected as many")
         return engine, x.contiguous().numpy(), self._rows(timestep, inputs.conditions.label)
 
     def _finish(self, out: NDArray[np.float32], timestep: Tensor) -> Tensor:
         result = torch.from_numpy(out)
-        return result / timestep[:, None, None, None] if self.manifest.config.divides_by_timestep else result
+        return result / timestep[:, None, None, None] if self.manifest.unet.config.divides_by_timestep else result
 
     @property
     def engine(self) -> Engine:

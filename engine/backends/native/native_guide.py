@@ -22,8 +22,8 @@ from engine.backends.native.program import Program
 from engine.backends.native.time_rows import TimeRows
 from engine.backends.native.transpose import transpose
 from engine.backends.native.weight_cache import Content
+from engine.bundle.file_names import CLASSIFIER, weights_name
 from engine.bundle.folder import Bundle
-from engine.bundle.manifest import CLASSIFIER_WEIGHTS_NAME
 from engine.errors import BackendError
 from engine.networks.config import ClassifierConfig
 from kernels.native.library import Engine, Isa, NativeError, Network
@@ -81,7 +81,7 @@ class NativeGuide:
         config = bundle.manifest.classifier.config
         program = build_gradient(config)
         network = make_network(program, find_isa(precision))
-        content = load_weights(bundle, CLASSIFIER_WEIGHTS_NAME, program, network)
+        content = load_weights(bundle, weights_name(CLASSIFIER), program, network)
         return cls(config, network, content, threads if beside is None else beside.engine)
 
     @classmethod

@@ -71,7 +71,7 @@ class TimeRows:
     def _check_timestep(self, timestep: Tensor) -> None:
         if timestep.ndim != 1 or timestep.dtype != torch.float32:
             raise BackendError(f"timestep is {list(timestep.shape)} {timestep.dtype}; expected [B] float32")
-        rows = self._config.time.table_rows
+        rows = None if self._config.time is None else self._config.time.table_rows
         if rows is not None and not bool(((timestep.round() >= 0) & (timestep.round() < rows)).all()):
             raise BackendError(f"timesteps are {timestep.tolist()}; the network has rows for 0 to {rows - 1}")
 
@@ -81,7 +81,7 @@ class TimeRows:
         if label is None or config.num_classes is None:
             return [None] * count
         assert isinstance(config, UNetConfig)
-        wanted = (count, config.time_channels) if config.label is LabelInput.VECTOR else (count,)
+        wanted = (count, config.label_channels) if config.label is LabelInput.VECTOR else (count,)
         dtype = _LABEL_TYPES[config.label]
         if tuple(label.shape) != wanted or label.dtype != dtype:
             raise BackendError(f"label is {list(label.shape)} {label.dtype}; expected {list(wanted)} {dtype}")

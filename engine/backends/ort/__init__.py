@@ -5,12 +5,12 @@ from __future__ import annotations
 from engine.backends.ort.ort_backend import OrtBackend, OrtGuide
 from engine.backends.protocol import Backend
 from engine.backends.requirements import classifier_config, missing_file, missing_package
+from engine.bundle.file_names import CLASSIFIER, UNET, onnx_name
 from engine.bundle.folder import Bundle
-from engine.bundle.manifest import CLASSIFIER_FP16_NAME, CLASSIFIER_NAME, FP16_ONNX_NAME, ONNX_NAME
 
 NAME = OrtBackend.name
 LIBRARIES: tuple[str, ...] = ("onnxruntime", "onnxruntime-gpu")
-_FILES = {"fp32": ONNX_NAME, "fp16": FP16_ONNX_NAME}
+_FILES = {"fp32": onnx_name(UNET), "fp16": onnx_name(UNET, "fp16")}
 
 
 def precisions() -> tuple[str, ...]:
@@ -27,12 +27,12 @@ def open(bundle: Bundle, precision: str | None, threads: int | None) -> OrtBacke
 
 
 def guide_reason_against(bundle: Bundle) -> str | None:
-    return missing_file(bundle, CLASSIFIER_NAME) or _missing()
+    return missing_file(bundle, onnx_name(CLASSIFIER)) or _missing()
 
 
 def open_guide(bundle: Bundle, precision: str | None, threads: int | None, beside: Backend | None) -> OrtGuide:
-    is_half = precision == "fp16" and bundle.has(CLASSIFIER_FP16_NAME)
-    name, taken = (CLASSIFIER_FP16_NAME, "fp16") if is_half else (CLASSIFIER_NAME, "fp32")
+    is_half = precision == "fp16" and bundle.has(onnx_name(CLASSIFIER, "fp16"))
+    name, taken = (onnx_name(CLASSIFIER, "fp16"), "fp16") if is_half else (onnx_name(CLASSIFIER), "fp32")
     return OrtGuide(classifier_config(bundle), bundle.file(name), threads, taken)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from engine.backends.ov.ov_backend import HINTS, OpenVINOBackend, OpenVINOGuide
 from engine.backends.protocol import Backend
 from engine.backends.requirements import classifier_config, missing_file, missing_package
+from engine.bundle.file_names import CLASSIFIER, UNET, onnx_name
 from engine.bundle.folder import Bundle
-from engine.bundle.manifest import CLASSIFIER_NAME, ONNX_NAME
 
 NAME = OpenVINOBackend.name
 LIBRARIES: tuple[str, ...] = ("openvino",)
@@ -17,19 +17,19 @@ def precisions() -> tuple[str, ...]:
 
 
 def reason_against(bundle: Bundle, precision: str | None) -> str | None:
-    return missing_file(bundle, ONNX_NAME) or _missing()
+    return missing_file(bundle, onnx_name(UNET)) or _missing()
 
 
 def open(bundle: Bundle, precision: str | None, threads: int | None) -> OpenVINOBackend:
-    return OpenVINOBackend(bundle.manifest, bundle.file(ONNX_NAME), precision or precisions()[0], threads)
+    return OpenVINOBackend(bundle.manifest, bundle.file(onnx_name(UNET)), precision or precisions()[0], threads)
 
 
 def guide_reason_against(bundle: Bundle) -> str | None:
-    return missing_file(bundle, CLASSIFIER_NAME) or _missing()
+    return missing_file(bundle, onnx_name(CLASSIFIER)) or _missing()
 
 
 def open_guide(bundle: Bundle, precision: str | None, threads: int | None, beside: Backend | None) -> OpenVINOGuide:
-    return OpenVINOGuide(classifier_config(bundle), bundle.file(CLASSIFIER_NAME), threads)
+    return OpenVINOGuide(classifier_config(bundle), bundle.file(onnx_name(CLASSIFIER)), threads)
 
 
 def _missing() -> str | None:

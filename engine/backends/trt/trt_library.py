@@ -89,7 +89,8 @@ def find_plans(
 
     precision: None takes fp16 where there is such a plan. load, capability: of this machine unless given.
     """
-    entries = [entry for entry in bundle.manifest.plans if entry.file.startswith(f"{network}.")]
+    made = bundle.manifest.networks.named().get(network)
+    entries = () if made is None else made.plans
     if not entries:
         raise BackendError(f"{bundle.path} holds no TensorRT plan of its {network}; build it with: {REBUILD}")
     here = capability or gpu_capability()

@@ -7,6 +7,7 @@ Its sampler never limits x0, has variance beta_t and adds no noise at t = 0.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoints.facts import Facts
-from engine.checkpoints.families.chain import Chain, Names, Placed, Style, read_chain, rename
+from engine.checkpoints.families.chain import Chain, Names, Placed, Style, read_chain, rename, time_projections
 from engine.checkpoints.families.common import choose_weights, schedule_from_betas
 from engine.checkpoints.families.state_dict import StateDict
 from engine.checkpoints.types import Assumptions, Translation
@@ -71,10 +72,10 @@ def translate(raw: Any, facts: Facts) -> Translation:
     """Config, weights and diffusion conventions; raises CheckpointError where file and facts do not fit."""
     assume = Assumptions(facts)
     state = _network(raw, assume)
-    if not state.has("time_mlp."):
-        raise CheckpointError("the network does not see the timestep (it was made with time_emb_dim None): no DDPM")
     pad = assume.take("initial_pad", 0, "the default of the project's U-Net")
     placed = read_chain(state, _CHAIN, _style(state, assume))
+    if not state.has("time_mlp."):
+        placed = _without_time(state, placed, assume)
     if pad:
         image, last = placed[0][0], placed[-1][0]
         assert isinstance(image, c.Conv)
@@ -127,25 +128,47 @@ def _config(state: StateDict, placed: list[Placed], pad: int, assume: Assumption
         in_channels=convs[0].in_channels,
         out_channels=convs[-1].out_channels,
         image_size=assume.take("image_size", (side, side), "32 with its padding, as in the project's scripts"),
-        embed_channels=state.shape("time_mlp.1.weight")[1],
-        time_channels=state.shape("time_mlp.1.weight")[0],
+        time=_time(state, activation, assume) if state.has("time_mlp.") else None,
         blocks=blocks,
         num_classes=state.shape(f"{labels[0]}.class_bias.weight")[0] if labels else None,
-        time=c.TimeConfig(
-            order=c.EmbeddingOrder.SIN_COS,
-            scale=assume.take("time_scale", 1.0, "the default of the project's U-Net"),
-            projection_activation=activation,
-        ),
         label_projection=bool(labels),
     )
 
 
+def _time(state: StateDict, activation: c.Activation, assume: Assumptions) -> c.TimeConfig:
+    channels, embed_channels = state.shape("time_mlp.1.weight")
+    return c.TimeConfig(
+        embed_channels,
+        channels,
+        order=c.EmbeddingOrder.SIN_COS,
+        scale=assume.take("time_scale", 1.0, "the default of the project's U-Net"),
+        projection_activation=activation,
+    )
+
+
+def _without_time(state: StateDict, placed: list[Placed], assume: Assumptions) -> list[Placed]:
+    """The blocks of a network made with time_emb_dim None; raises CheckpointError for a fact about its time."""
+    if assume.given("time_scale") is not None:
+        raise CheckpointError(
+            "the network does not see the timestep (it was made with time_emb_dim None), and --time-scale says "
+            f"{assume.given('time_scale')}; leave it out"
+        )
+    has_labels = any(state.has(f"{prefix}.class_bias.") for _, prefix in placed if prefix)
+
+    def blind(block: c.Block) -> c.Block:
+        return dataclasses.replace(block, has_projection=has_labels) if isinstance(block, c.ResBlock) else block
+
+    return [(blind(block), prefix) for block, prefix in placed]
+
+
 def _time_and_labels(state: StateDict, config: c.UNetConfig, placed: list[Placed]) -> dict[str, Tensor]:
-    """The time MLP and the blocks' label tables side by side."""
+    """The time MLP and projections, and the blocks' label tables side by side; what of them the network has."""
     weights: dict[str, Tensor] = {}
-    for ours, theirs in (("linear1", "time_mlp.1"), ("linear2", "time_mlp.3")):
-        for part in ("weight", "bias"):
-            weights[f"time.{ours}.{part}"] = state.take(f"{theirs}.{part}")
+    if config.time is not None:
+        weights |= time_projections(state, placed, _CHAIN.names)
+        for ours, theirs in (("linear1", "time_mlp.1"), ("linear2", "time_mlp.3")):
+            for part in ("weight", "bias"):
+                weights[f"time.{ours}.{part}"] = state.take(f"{theirs}.{part}")
     if config.num_classes is not None:
         tables = [
             state.take(f"{prefix}.class_bias.weight") for block, prefix in placed if isinstance(block, c.ResBlock)

@@ -126,16 +126,13 @@ def attention_block(
 
 
 def rename(state: StateDict, placed: list[Placed], names: Names) -> dict[str, Tensor]:
-    """The tensors of all blocks under our names, time projections included; the time MLP's are the caller's."""
+    """The tensors of all blocks under our names; those of the time are the caller's (time_projections)."""
     weights: dict[str, Tensor] = {}
-    projections: dict[str, list[Tensor]] = {"weight": [], "bias": []}
     for index, (block, prefix) in enumerate(placed):
         ours = f"blocks.{index}"
         match block:
             case c.ResBlock():
                 weights |= _res_weights(state, prefix, ours, block, names)
-                for part, stacked in projections.items():
-                    stacked.append(state.take(f"{prefix}.{names.res['projection']}.{part}"))
             case c.Attention():
                 weights |= _attention_weights(state, prefix, ours, block, names)
             case c.NormSiLU():
@@ -146,7 +143,16 @@ def rename(state: StateDict, placed: list[Placed], names: Names) -> dict[str, Te
                 weights |= _layer_weights(state, prefix, f"{ours}.conv")
             case _:
                 pass
-    return weights | {f"time.projection.{part}": torch.cat(stacked) for part, stacked in projections.items()}
+    return weights
+
+
+def time_projections(state: StateDict, placed: list[Placed], names: Names) -> dict[str, Tensor]:
+    """The linear layers from the time embedding to each ResBlock as one."""
+    layers = [f"{prefix}.{names.res['projection']}" for block, prefix in placed if isinstance(block, c.ResBlock)]
+    return {
+        f"time.projection.{part}": torch.cat([state.take(f"{layer}.{part}") for layer in layers])
+        for part in ("weight", "bias")
+    }
 
 
 def _layer_weights(state: StateDict, theirs: str, ours: str) -> dict[str, Tensor]:

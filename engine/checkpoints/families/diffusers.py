@@ -181,6 +181,7 @@ def _copy_attention(state: StateDict, weights: dict[str, Tensor], ours: str, pre
 def _copy_embeddings(state: StateDict, weights: dict[str, Tensor], config: c.UNetConfig) -> None:
     for number in ("1", "2"):
         _copy(state, weights, f"time.linear{number}", f"time_embedding.linear_{number}")
+    assert config.time is not None
     if config.time.table_rows is not None:
         weights["time.table.weight"] = state.take("time_proj.weight")
     if config.time.has_frequencies:

@@ -225,33 +225,36 @@ def _up_block(builder: Builder, kind: str, prefix: str, out: int, layers: int, s
 
 
 def _time_and_label(options: Options, width: int) -> dict[str, Any]:
-    """Fields of UNetConfig: embed_channels, time_channels, time, label, num_classes, divides_by_timestep."""
+    """Fields of UNetConfig: time, label, num_classes, divides_by_timestep."""
     kind = options.choice("time_embedding_type", "positional", ("positional", "fourier", "learned"))
     flips = options.flag("flip_sin_to_cos", True)
     shift = options.take("freq_shift", 0, is_number, "a number")
     rows = options.take("num_train_timesteps", None, is_optional_count, "a whole number or null")
+    channels = options.take("time_embedding_dim", None, is_optional_count, "a whole number or null") or 4 * width
     activation = _activation(options)
     match kind:
         case "fourier":
             time = c.TimeConfig(
-                c.EmbeddingOrder.SIN_COS, has_frequencies=True, takes_log=True, projection_activation=activation
+                2 * width,
+                channels,
+                c.EmbeddingOrder.SIN_COS,
+                has_frequencies=True,
+                takes_log=True,
+                projection_activation=activation,
             )
         case "learned":
             if rows is None:
                 raise options.wrong("num_train_timesteps", "a whole number, the rows of the learned time embedding")
-            time = c.TimeConfig(table_rows=rows, projection_activation=activation)
+            time = c.TimeConfig(width, channels, table_rows=rows, projection_activation=activation)
         case _:
             order = c.EmbeddingOrder.COS_SIN if flips else c.EmbeddingOrder.SIN_COS
             if width // 2 == shift:
                 raise options.wrong("freq_shift", f"less than {width // 2}, half the first of block_out_channels")
-            time = c.TimeConfig(order, float(shift), projection_activation=activation)
-    inner = options.take("time_embedding_dim", None, is_optional_count, "a whole number or null")
+            time = c.TimeConfig(width, channels, order, float(shift), projection_activation=activation)
     embedding = options.choice("class_embed_type", None, (None, "timestep", "identity"))
     classes = options.take("num_class_embeds", None, is_optional_count, "a whole number or null")
     labels = {None: c.LabelInput.TABLE, "timestep": c.LabelInput.NUMBER, "identity": c.LabelInput.VECTOR}
     return {
-        "embed_channels": 2 * width if kind == "fourier" else width,
-        "time_channels": inner or 4 * width,
         "time": time,
         "label": labels[embedding],
         # A vector has no number; any count makes the network take labels.

@@ -132,27 +132,26 @@ def _config(state: StateDict, placed: list[Placed], assume: Assumptions) -> c.UN
         in_channels=channels,
         out_channels=channels_out,
         image_size=assume.given("image_size"),
-        embed_channels=state.shape("model.time_mlp.1.weight")[1],
-        time_channels=state.shape("model.time_mlp.1.weight")[0],
+        time=_time(state, assume),
         blocks=blocks,
         num_classes=None if classes is None else classes + 1,
         null_class=classes,
         cond_channels=channels if is_self_conditioned else 0,
         cond_first=is_self_conditioned,
         self_condition=is_self_conditioned,
-        time=_time(state, assume),
         label_projection=classes is not None,
     )
 
 
 def _time(state: StateDict, assume: Assumptions) -> c.TimeConfig:
     order, gelu = c.EmbeddingOrder.SIN_COS, c.Activation.GELU
+    channels, embed_channels = state.shape("model.time_mlp.1.weight")
     if state.has("model.time_mlp.0.weights"):
-        return c.TimeConfig(order, has_frequencies=True, keeps_timestep=True, activation=gelu)
+        return c.TimeConfig(embed_channels, channels, order, has_frequencies=True, keeps_timestep=True, activation=gelu)
     # An argument of the main network from 1.8 on.
     can_differ = not state.has("model.mid_attn.fn.")
     theta = assume.take("time_theta", 10000.0, "the default of the project") if can_differ else 10000.0
-    return c.TimeConfig(order, shift=1.0, theta=theta, activation=gelu)
+    return c.TimeConfig(embed_channels, channels, order, shift=1.0, theta=theta, activation=gelu)
 
 
 def _weights(state: StateDict, placed: list[Placed], config: c.UNetConfig, release: Release) -> dict[str, Tensor]:
@@ -160,6 +159,7 @@ def _weights(state: StateDict, placed: list[Placed], config: c.UNetConfig, relea
     for part in ("weight", "bias"):
         weights[f"time.linear1.{part}"] = state.take(f"model.time_mlp.1.{part}")
         weights[f"time.linear2.{part}"] = state.take(f"model.time_mlp.3.{part}")
+    assert config.time is not None
     if config.time.has_frequencies:
         weights["time.frequencies"] = state.take("model.time_mlp.0.weights")
     projections: list[Tensor] = []
@@ -178,10 +178,10 @@ def _weights(state: StateDict, placed: list[Placed], config: c.UNetConfig, relea
             case c.Attention() | c.LinearAttention():
                 weights |= _attention(state, ours, prefix, block)
     stacked = torch.cat(projections)
-    weights["time.projection.weight"] = stacked[:, : config.time_channels].contiguous()
+    weights["time.projection.weight"] = stacked[:, : config.time.channels].contiguous()
     weights["time.projection.bias"] = torch.cat(biases)
     if config.num_classes is not None:
-        weights["time.label.weight"] = _label_rows(state, stacked[:, config.time_channels :])
+        weights["time.label.weight"] = _label_rows(state, stacked[:, config.time.channels :])
     return weights
 
 
@@ -255,11 +255,11 @@ def _diffusion(
     is_learned = config.out_channels == 2 * config.in_channels
     variance = Variance.LEARNED_RANGE if is_learned else Variance.FIXED_SMALL
     is_clipped = assume.given("clip_denoised") is not False
-    if betas is None and config.time.has_frequencies:
+    if betas is None and config.time is not None and config.time.has_frequencies:
         prediction = Prediction(assume.take("prediction", "eps", "the file does not say; v-param files predict v"))
         log_snr = _log_snr(state, prediction, assume)
         return Diffusion(
-            time_slices(log_snr, _SLICES),
+            NoiseSchedule(time_slices(log_snr, _SLICES).betas),
             prediction,
             variance,
             clip=1.0 if is_clipped else None,

@@ -176,13 +176,17 @@ def _unet(state: StateDict, levels: Levels, heads: _Heads, assume: Assumptions) 
         in_channels=image_channels,
         out_channels=out_channels,
         image_size=_image_size(state, levels, blocks, assume),
-        embed_channels=state.shape("time_embed.0.weight")[1],
-        time_channels=state.shape("time_embed.0.weight")[0],
+        time=_time(state),
         blocks=tuple(blocks),
         num_classes=num_classes,
         null_class=assume.take("null_class", None, "no label means none") if num_classes else None,
         cond_channels=in_channels - image_channels,
     )
+
+
+def _time(state: StateDict) -> c.TimeConfig:
+    channels, embed_channels = state.shape("time_embed.0.weight")
+    return c.TimeConfig(embed_channels, channels)
 
 
 def _classifier(state: StateDict, levels: Levels, heads: _Heads, assume: Assumptions) -> c.ClassifierConfig:
@@ -202,8 +206,7 @@ def _classifier(state: StateDict, levels: Levels, heads: _Heads, assume: Assumpt
     return c.ClassifierConfig(
         in_channels=state.shape("input_blocks.0.0.weight")[1],
         image_size=_image_size(state, levels, blocks, assume, tokens if isinstance(pool, c.AttentionPool) else None),
-        embed_channels=state.shape("time_embed.0.weight")[1],
-        time_channels=state.shape("time_embed.0.weight")[0],
+        time=_time(state),
         blocks=(*blocks, c.NormSiLU(width), pool),
         num_classes=num_classes,
     )

@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 
 from engine.checkpoints.facts import Facts
-from engine.checkpoints.families.chain import Names, Placed, Style, attention_block, read_conv, rename, res_block
+from engine.checkpoints.families.chain import (
+    Names,
+    Placed,
+    Style,
+    attention_block,
+    read_conv,
+    rename,
+    res_block,
+    time_projections,
+)
 from engine.checkpoints.families.state_dict import StateDict
 from engine.checkpoints.types import Assumptions, Translation
 from engine.diffusion.prediction import Diffusion, Prediction, Variance
@@ -60,12 +69,15 @@ def translate(raw: Any, facts: Facts) -> Translation:
         in_channels=state.shape("proj1.weight")[1],
         out_channels=state.shape("proj2.weight")[0],
         image_size=assume.take("image_size", (32, 32), "the tutorial's CIFAR-10"),
-        embed_channels=state.shape("time_embedding.embed1.weight")[1],
-        time_channels=state.shape("time_embedding.embed1.weight")[0],
+        time=c.TimeConfig(
+            embed_channels=state.shape("time_embedding.embed1.weight")[1],
+            channels=state.shape("time_embedding.embed1.weight")[0],
+            order=c.EmbeddingOrder.SIN_COS,
+            shift=1.0,
+        ),
         blocks=tuple(block for block, _ in placed),
-        time=c.TimeConfig(order=c.EmbeddingOrder.SIN_COS, shift=1.0),
     )
-    weights = rename(state, placed, _NAMES)
+    weights = rename(state, placed, _NAMES) | time_projections(state, placed, _NAMES)
     for ours, theirs in (("linear1", "embed1"), ("linear2", "embed2")):
         for part in ("weight", "bias"):
             weights[f"time.{ours}.{part}"] = state.take(f"time_embedding.{theirs}.{part}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoints.facts import Facts
-from engine.checkpoints.families.chain import Chain, Names, Style, read_chain, rename
+from engine.checkpoints.families.chain import Chain, Names, Style, read_chain, rename, time_projections
 from engine.checkpoints.families.common import choose_weights
 from engine.checkpoints.families.state_dict import StateDict
 from engine.checkpoints.types import Assumptions, Translation
@@ -75,16 +75,15 @@ def translate(raw: Any, facts: Facts) -> Translation:
     placed = read_chain(state, _CHAIN, Style(groups=groups))
     blocks = tuple(block for block, _ in placed)
     steps, embed_channels = state.shape(_TABLE)
+    channels = state.shape("time_embedding.timembedding.1.weight")[0]
     config = c.UNetConfig(
         in_channels=state.shape("head.weight")[1],
         out_channels=state.shape("tail.2.weight")[0],
         image_size=_image_size(content.get("x_T"), assume),
-        embed_channels=embed_channels,
-        time_channels=state.shape("time_embedding.timembedding.1.weight")[0],
+        time=c.TimeConfig(embed_channels, channels, c.EmbeddingOrder.INTERLEAVED),
         blocks=blocks,
-        time=c.TimeConfig(order=c.EmbeddingOrder.INTERLEAVED),
     )
-    weights = rename(state, placed, _CHAIN.names)
+    weights = rename(state, placed, _CHAIN.names) | time_projections(state, placed, _CHAIN.names)
     for ours, theirs in (("linear1", "1"), ("linear2", "3")):
         for part in ("weight", "bias"):
             weights[f"time.{ours}.{part}"] = state.take(f"time_embedding.timembedding.{theirs}.{part}")

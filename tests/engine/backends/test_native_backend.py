@@ -221,7 +221,7 @@ def packed_file() -> Path:
 
 def test_weights_are_packed_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted((path.name, path.stat().st_mtime_ns) for path in bundle.path.iterdir())
-    inputs = network_inputs(bundle.manifest.config, 2, 100)
+    inputs = network_inputs(bundle.manifest.unet.config, 2, 100)
     first = call(NativeBackend.open(bundle), inputs)
     written = packed_file().stat().st_mtime_ns
     monkeypatch.setattr("engine.backends.native.native_backend._pack_bundle", lambda *_: pytest.fail("packed again"))
@@ -252,7 +252,7 @@ DAMAGES = {
 def test_damaged_packed_files_are_refused_and_made_again(
     bundle: Bundle, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
-    inputs = network_inputs(bundle.manifest.config, 1, 100)
+    inputs = network_inputs(bundle.manifest.unet.config, 1, 100)
     expected = call(NativeBackend.open(bundle), inputs)
     whole = packed_file().read_bytes()
     DAMAGES[reason](packed_file())
@@ -266,7 +266,7 @@ def test_a_cache_that_cannot_be_written(bundle: Bundle, caplog: pytest.LogCaptur
     folder = native_cache.cache_folder()
     folder.parent.mkdir(parents=True)
     folder.write_bytes(b"a file where the folder should be")
-    inputs = network_inputs(bundle.manifest.config, 1, 100)
+    inputs = network_inputs(bundle.manifest.unet.config, 1, 100)
     with caplog.at_level(logging.WARNING):
         assert call(NativeBackend.open(bundle), inputs).isfinite().all()
     assert "not kept for the next time" in caplog.text
@@ -292,6 +292,6 @@ def test_auto_takes_it_and_says_why_not(
 
 
 def test_a_network_that_it_does_not_have(bundle: Bundle) -> None:
-    config = replace(bundle.manifest.config, blocks=(c.Conv(1, 1, 9),))
+    config = replace(bundle.manifest.unet.config, blocks=(c.Conv(1, 1, 9),))
     with pytest.raises(BackendError, match="has a kernel of 9"):
         NativeBackend.from_weights(replace(bundle.manifest, config=config), {})

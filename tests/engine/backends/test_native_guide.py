@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import adm_classifier, adm_unet, random_network, tiny_manifest
+from helpers import adm_classifier, adm_unet, random_network, tiny_manifest, with_classifier
 from native_cases import instruction_sets, rms
 from native_interpreter import run_program
 from safetensors.torch import save_file
@@ -20,8 +20,9 @@ from engine.backends.native.native_backend import NativeBackend
 from engine.backends.native.native_guide import NativeGuide, build_gradient, unsupported
 from engine.backends.native.program import Form
 from engine.backends.registry import open_guide
-from engine.bundle.folder import Bundle, write_manifest
-from engine.bundle.manifest import CLASSIFIER_WEIGHTS_NAME, ClassifierEntry
+from engine.bundle.file_names import CLASSIFIER, weights_name
+from engine.bundle.folder import Bundle
+from engine.bundle.manifest import ClassifierEntry
 from engine.errors import BackendError
 from engine.networks import config as c
 from engine.networks.classifier import AutogradGuide, Classifier
@@ -237,9 +238,9 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     config = adm_classifier(num_classes=3)
     folder = tmp_path / "net.engine"
     folder.mkdir()
-    save_file({k: v.contiguous() for k, v in make(config).state_dict().items()}, folder / CLASSIFIER_WEIGHTS_NAME)
-    entry = ClassifierEntry(config, "0" * 64, None, ())
-    write_manifest(folder, replace(tiny_manifest(adm_unet()), classifier=entry))
+    save_file({k: v.contiguous() for k, v in make(config).state_dict().items()}, folder / weights_name(CLASSIFIER))
+    entry = ClassifierEntry(config, checkpoint_sha256="0" * 64)
+    Bundle.write(folder, with_classifier(tiny_manifest(adm_unet()), entry))
     return Bundle.open(folder)
 
 

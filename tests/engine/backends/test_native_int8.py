@@ -22,8 +22,8 @@ from engine.backends.native.lowering import build_program
 from engine.backends.native.native_backend import NativeBackend
 from engine.backends.native.program import Builder, Code, MapShape, Operator, Program
 from engine.backends.registry import open_backend
-from engine.bundle.folder import Bundle, write_manifest
-from engine.bundle.manifest import INT8_NAME
+from engine.bundle.file_names import UNET, ranges_name
+from engine.bundle.folder import Bundle
 from engine.errors import BackendError, ExportError
 from engine.networks import config as c
 from engine.networks.inputs import Inputs
@@ -240,7 +240,7 @@ def test_programs_that_the_library_refuses() -> None:
 
 
 def test_a_file_of_ranges(tmp_path: Path) -> None:
-    path = tmp_path / INT8_NAME
+    path = tmp_path / ranges_name(UNET)
     ranges = {"blocks.1.conv1": ByteRange(0.0123, 17), "blocks.1.conv2": ByteRange(3.0, 0)}
     write_ranges(path, ranges)
     assert read_ranges(path) == ranges
@@ -318,8 +318,8 @@ def test_a_network_without_such_convolutions() -> None:
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen) -> Bundle:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = write_bundle(tmp_path / "bundle", CONFIG)
-    write_ranges(path / INT8_NAME, chosen.ranges)
-    write_manifest(path, tiny_manifest(CONFIG))
+    write_ranges(path / ranges_name(UNET), chosen.ranges)
+    Bundle.write(path, tiny_manifest(CONFIG))
     return Bundle.open(path)
 
 
@@ -342,7 +342,7 @@ def test_a_bundle_without_ranges_or_with_others(tmp_path: Path, bundle: Bundle) 
     plain = write_bundle(tmp_path / "plain", CONFIG)
     with pytest.raises(BackendError, match=r"native: the bundle holds no unet.int8.json"):
         open_backend(plain, "native", "int8")
-    write_ranges(bundle.path / INT8_NAME, {"blocks.0": ByteRange(1.0, 0)})
-    write_manifest(bundle.path, tiny_manifest(CONFIG))
+    write_ranges(bundle.path / ranges_name(UNET), {"blocks.0": ByteRange(1.0, 0)})
+    Bundle.write(bundle.path, tiny_manifest(CONFIG))
     with pytest.raises(BackendError, match="blocks.0 cannot be computed in int8"):
         open_backend(bundle.path, "native", "int8")

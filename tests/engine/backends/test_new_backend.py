@@ -14,8 +14,8 @@ import pytest
 import test_imports
 from helpers import FP32_OTHER_ORDER, adm_unet, random_network, tiny_manifest, write_bundle
 
-from engine.bundle.folder import write_manifest
-from engine.bundle.manifest import ONNX_NAME
+from engine.bundle.file_names import UNET, onnx_name
+from engine.bundle.folder import Bundle
 from export.to_onnx import export_onnx
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -87,8 +87,8 @@ def test_it_runs_by_its_name(copy: Path, tmp_path: Path) -> None:
     config = adm_unet(mult=(1,), attention=(), num_classes=3)
     bundle = write_bundle(tmp_path / "net.engine", config)
     plain = shutil.copytree(bundle, tmp_path / "plain.engine")
-    export_onnx(random_network(config), bundle / ONNX_NAME)
-    write_manifest(bundle, tiny_manifest(config))
+    export_onnx(random_network(config), bundle / onnx_name(UNET))
+    Bundle.write(bundle, tiny_manifest(config))
     outcome = subprocess.run(
         [sys.executable, "-c", USE, str(bundle), str(plain), str(tmp_path / "out")],
         capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False,

@@ -13,14 +13,14 @@ import torch
 import trt_fakes
 from elementwise import LABELLED, PLAIN, CountingGuide, Elementwise
 from graph_cases import SAME
-from helpers import adm_classifier, call_main, tiny_manifest, write_bundle
+from helpers import adm_classifier, call_main, tiny_manifest, with_classifier, with_unet, write_bundle
 from trt_fakes import VERSION, AlignedDevice, fake_library, write_plan
 
 from engine.backends.registry import open_backend, open_guide, preferred
 from engine.backends.trt.trt_backend import TrtBackend, TrtGuide
 from engine.backends.trt.trt_library import Library, Plans, cache_folder, find_plans, load_library
 from engine.backends.trt.trt_log import make_log
-from engine.bundle.folder import Bundle, write_manifest
+from engine.bundle.folder import Bundle
 from engine.bundle.manifest import ClassifierEntry, PlanEntry
 from engine.device import CpuDevice, CudaDevice
 from engine.diffusion.guidance import ClassifierGuidance
@@ -30,6 +30,7 @@ from engine.sampling.pool import SlotPool
 from engine.sampling.sampler import Sampler
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+CLASSIFIER = ClassifierEntry(adm_classifier(mult=(1,), size=(4, 4)), checkpoint_sha256="00" * 32)
 SHAPES = {"x_t": [-1, 1, 4, 4], "timestep": [-1], "label": [-1]}
 
 
@@ -51,12 +52,11 @@ def make_bundle(folder: Path, profiles: list[tuple[int, int, int]], guide: bool 
         write_plan(folder / entries[-1].file, "unet", profile, SHAPES, {"out": [-1, 2, 4, 4]})
     manifest = tiny_manifest(LABELLED)
     if guide:
-        entries.append(entry("classifier.rtx.plan", (1, 4, 4)))
+        plan = entry("classifier.rtx.plan", (1, 4, 4))
         outputs = {"grad": [-1, 1, 4, 4], "log_p": [-1]}
-        write_plan(folder / entries[-1].file, "classifier", (1, 4, 4), SHAPES | {"scale": [-1]}, outputs)
-        classifier = ClassifierEntry(adm_classifier(mult=(1,), size=(4, 4)), "00" * 32)
-        manifest = dataclasses.replace(manifest, classifier=classifier)
-    write_manifest(folder, dataclasses.replace(manifest, plans=tuple(entries)))
+        write_plan(folder / plan.file, "classifier", (1, 4, 4), SHAPES | {"scale": [-1]}, outputs)
+        manifest = with_classifier(manifest, dataclasses.replace(CLASSIFIER, plans=(plan,)))
+    Bundle.write(folder, with_unet(manifest, plans=tuple(entries)))
     return Bundle.open(folder)
 
 
@@ -176,8 +176,8 @@ def test_a_plan_without_weights_takes_them_from_the_onnx_file(tmp_path):
     bundle, library = make_bundle(tmp_path / "b", [(1, 1, 1)]), fake_library(networks(), "tensorrt")
     for content, outcome in ((b"the weights", None), (b"others", "cannot give .* of unet.fp16.onnx: a weight is miss")):
         (bundle.path / "unet.fp16.onnx").write_bytes(content)
-        plan = dataclasses.replace(bundle.manifest.plans[0], weights_file="unet.fp16.onnx")
-        write_manifest(bundle.path, dataclasses.replace(bundle.manifest, plans=(plan,)))
+        plan = dataclasses.replace(bundle.manifest.unet.plans[0], weights_file="unet.fp16.onnx")
+        Bundle.write(bundle.path, with_unet(bundle.manifest, plans=(plan,)))
         bundle = Bundle.open(bundle.path)
         if outcome is None:
             TrtBackend(bundle, None, opened(bundle, library, AlignedDevice()), AlignedDevice())
@@ -231,12 +231,12 @@ def test_refused_plans(tmp_path):
         ({"out": [-1, 2, 4, 4]}, {"x_t": [-1, 1, 4, 4]}, None),
     ):
         write_plan(bundle.path / "unet.0.rtx.plan", "unet", (1, 8, 20), shapes, outputs)
-        write_manifest(bundle.path, bundle.manifest)
+        Bundle.write(bundle.path, bundle.manifest)
         if message is not None:
             with pytest.raises(BackendError, match=message):
                 TrtBackend(Bundle.open(bundle.path), None, plans, device)
     (bundle.path / "unet.0.rtx.plan").write_bytes(b"\0garbage")
-    write_manifest(bundle.path, bundle.manifest)
+    Bundle.write(bundle.path, bundle.manifest)
     with pytest.raises(BackendError, match="cannot load unet.0.rtx.plan: magic tag does not match; check the driver"):
         TrtBackend(Bundle.open(bundle.path), None, plans, device)
 
@@ -266,7 +266,7 @@ def test_what_does_not_fit_names_its_remedy(tmp_path, message):
 def test_data_centre_plans_come_first(tmp_path):
     bundle = make_bundle(tmp_path / "b", [(1, 8, 20)])
     more = entry("unet.trt.sm89.plan", (1, 8, 64), library="tensorrt", targets=("sm89",))
-    manifest = dataclasses.replace(bundle.manifest, plans=(*bundle.manifest.plans, more))
+    manifest = with_unet(bundle.manifest, plans=(*bundle.manifest.unet.plans, more))
     both = Bundle(bundle.path, manifest)
     found = find_plans(both, "unet", None, lambda name: fake_library({}, name), "sm89")
     assert (found.library.name, found.entries) == ("tensorrt", (more,))
@@ -295,7 +295,7 @@ def test_the_real_library_says_why_it_loads_nothing(tmp_path):
     library = load_library("tensorrt_rtx")
     bundle = make_bundle(tmp_path / "b", [(1, 8, 20)])
     with pytest.raises(BackendError, match=r"tensorrt_rtx [\d.]+ cannot load unet.0.rtx.plan: .+; check the driver"):
-        TrtBackend(bundle, None, Plans(library, bundle.manifest.plans), CpuDevice())
+        TrtBackend(bundle, None, Plans(library, bundle.manifest.unet.plans), CpuDevice())
 
 
 @NO_GPU
@@ -335,8 +335,7 @@ def test_auto_on_a_gpu_tries_plans_first(monkeypatch):
 def test_a_classifier_without_a_plan_beside_trt(tmp_path, caplog):
     """It runs in another library, with a warning that it is slower."""
     bundle = make_bundle(tmp_path / "b", [(1, 8, 20)])
-    classifier = ClassifierEntry(adm_classifier(mult=(1,), size=(4, 4)), "00" * 32)
-    manifest = dataclasses.replace(bundle.manifest, classifier=classifier)
+    manifest = with_classifier(bundle.manifest, CLASSIFIER)
     with pytest.raises(Exception, match="classifier.onnx"):
         open_guide(Bundle(bundle.path, manifest), "trt")
     assert "the classifier cannot run on trt as the network does, which is slower: " in caplog.text

@@ -5,51 +5,86 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers import with_classifier, with_unet
 
-from engine.bundle.folder import Bundle, is_bundle, write_manifest
-from engine.bundle.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, Measurement, PlanEntry
+from engine.bundle.file_names import MANIFEST
+from engine.bundle.folder import Bundle, is_bundle
+from engine.bundle.manifest import (
+    FORMAT_VERSION,
+    ClassifierEntry,
+    Manifest,
+    Measurement,
+    NetworkEntry,
+    Networks,
+    PlanEntry,
+)
 from engine.diffusion.prediction import Diffusion
 from engine.diffusion.schedule import linear_schedule
-from engine.errors import BundleError
-from engine.networks.config import Conv, UNetConfig
+from engine.errors import BundleError, ConfigError
+from engine.networks.config import AveragePool, ClassifierConfig, Conv, TimeConfig, UNetConfig
 
-FILES = {"unet.onnx": b"an ONNX file", "unet.safetensors": b"weights", "unet.onnx.data": b"more of the ONNX file"}
+FILES = {
+    "classifier.onnx": b"a gradient",
+    "unet.onnx": b"an ONNX file",
+    "unet.onnx.data": b"more of the ONNX file",
+    "unet.rtx.plan": b"a plan",
+    "unet.safetensors": b"weights",
+}
+TIME = TimeConfig(4, 8)
+PLAN = PlanEntry("unet.rtx.plan", "tensorrt_rtx", "1.7", ("sm86", "sm89"), (1, 8, 64), "fp16")
+MEASURED = Measurement("unet.onnx", "onnxruntime cpu", "fp32", 1e-6, 1e-7, 1.0, 1e-4, "blocks.0 Conv", 1e-7)
+CLASSIFIER = ClassifierEntry(
+    ClassifierConfig(1, (8, 8), TIME, (AveragePool(1, 3),), 3),
+    {"classifier.onnx": "fp32 throughout"},
+    checkpoint_sha256="11" * 32,
+    assumptions=(("image_size", [8, 8], "the network's"),),
+    gain=2.0**-12,
+)
+MANIFEST_OF_FILES = Manifest(
+    family="openai-guided",
+    networks=Networks(
+        NetworkEntry(
+            UNetConfig(1, 1, (8, 8), TIME, (Conv(1, 1),)),
+            {"unet.onnx": "fp32 throughout"},
+            fp32_parts=(("blocks.0", "too large"),),
+            plans=(PLAN,),
+            verification=(MEASURED,),
+        ),
+        CLASSIFIER,
+    ),
+    diffusion=Diffusion(linear_schedule(100)),
+    checkpoint_sha256="00" * 32,
+    assumptions=(("num_heads", 4, "the default"),),
+    versions={"torch": "2.13.0"},
+)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A bundle whose files are not networks; nothing here runs them."""
-    path = tmp_path / "net.engine"
+    return make_folder(tmp_path / "net.engine", MANIFEST_OF_FILES)
+
+
+def make_folder(path: Path, manifest: Manifest) -> Path:
     path.mkdir()
     for name, content in FILES.items():
         (path / name).write_bytes(content)
-    manifest = Manifest(
-        family="openai-guided",
-        config=UNetConfig(1, 1, (8, 8), 4, 8, (Conv(1, 1),)),
-        diffusion=Diffusion(linear_schedule(100)),
-        checkpoint_sha256="00" * 32,
-        assumptions=(("num_heads", 4, "the default"),),
-        plans=(PlanEntry("unet.rtx.plan", "tensorrt_rtx", "1.7", ("sm86", "sm89"), (1, 8, 64), "fp16"),),
-        precision={"unet.onnx": "fp32 throughout"},
-        verification=(
-            Measurement("unet.onnx", "onnxruntime cpu", "fp32", 1e-6, 1e-7, 1.0, 1e-4, "blocks.0 Conv", 1e-7),
-        ),
-        versions={"torch": "2.13.0"},
-    )
-    write_manifest(path, manifest)
+    Bundle.write(path, manifest)
     return path
 
 
 def forge(folder: Path, **changes: object) -> None:
     """Rewrite the manifest with a matching hash of its own, as another program would."""
-    data = json.loads((folder / MANIFEST_NAME).read_text()) | changes
+    data = json.loads((folder / MANIFEST).read_text()) | changes
     data.pop("manifest_sha256")
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
     data["manifest_sha256"] = hashlib.sha256(canonical).hexdigest()
-    (folder / MANIFEST_NAME).write_text(json.dumps(data))
+    (folder / MANIFEST).write_text(json.dumps(data))
 
 
 def flip_a_byte(path: Path, position: int) -> None:
@@ -63,14 +98,41 @@ def test_what_is_written_is_read_back(folder):
     opened.verify()
     assert set(opened.manifest.files) == set(FILES)
     assert opened.file("unet.onnx").read_bytes() == FILES["unet.onnx"]
-    again = folder.parent / "again"
-    again.mkdir()
-    for name, content in FILES.items():
-        (again / name).write_bytes(content)
-    write_manifest(again, opened.manifest)
-    assert (again / MANIFEST_NAME).read_bytes() == (folder / MANIFEST_NAME).read_bytes()
-    assert opened.manifest.verification[0].passed
-    assert opened.manifest.plans[0].targets == ("sm86", "sm89")
+    again = make_folder(folder.parent / "again", opened.manifest)
+    assert (again / MANIFEST).read_bytes() == (folder / MANIFEST).read_bytes()
+    assert opened.manifest.networks == MANIFEST_OF_FILES.networks
+    assert opened.manifest.unet.verification[0].passed
+    assert opened.manifest.classifier == CLASSIFIER
+    assert list(opened.manifest.networks.named()) == ["unet", "classifier"]
+
+
+def test_networks_stand_under_their_names(folder):
+    networks = json.loads((folder / MANIFEST).read_text())["networks"]
+    assert set(networks) == {"unet", "classifier"}
+    assert networks["unet"]["config"]["blocks"] == [{"type": "conv", "in_channels": 1, "out_channels": 1, "kernel": 3}]
+    assert networks["classifier"]["gain"] == 2.0**-12
+
+
+def test_a_bundle_without_a_classifier(tmp_path):
+    path = make_folder(tmp_path / "net.engine", with_classifier(MANIFEST_OF_FILES, None))
+    assert Bundle.open(path).manifest.classifier is None
+    assert list(json.loads((path / MANIFEST).read_text())["networks"]) == ["unet"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "unet.fp16.onnx", ".hidden"])
+def test_file_that_is_not_listed(folder, name):
+    (folder / name).write_bytes(b"")
+    message = rf"{re.escape(name)} is not listed in the bundle's manifest; remove it, or build it again with"
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(folder)
+
+
+@pytest.mark.parametrize("name", ["unet.onnx", "unet.rtx.plan", "classifier.onnx"])
+def test_network_with_a_file_that_is_not_listed(folder, name):
+    (folder / name).unlink()
+    Bundle.write(folder, MANIFEST_OF_FILES)
+    with pytest.raises(BundleError, match=rf"{name.split('.')[0]} is said to have {name}, which is not listed"):
+        Bundle.open(folder)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -89,7 +151,7 @@ def test_external_weights_are_checked_with_their_onnx_file(folder):
 
 
 def test_any_byte_changed_in_the_manifest(folder):
-    path = folder / MANIFEST_NAME
+    path = folder / MANIFEST
     whole = path.read_bytes()
     for position in range(0, len(whole) - 1, max(1, len(whole) // 97)):
         flip_a_byte(path, position)
@@ -109,7 +171,7 @@ def json_or_none(path: Path) -> object:
 
 @pytest.mark.parametrize("length", [0, 1, 100])
 def test_truncated_manifest(folder, length):
-    path = folder / MANIFEST_NAME
+    path = folder / MANIFEST
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(BundleError, match=r"manifest.json is damaged .*build it again"):
         Bundle.open(folder)
@@ -117,7 +179,7 @@ def test_truncated_manifest(folder, length):
 
 @pytest.mark.parametrize("content", [b"[]", b"3", b'"text"', b"{}", b"\xff\xfe", b"null"])
 def test_manifest_that_is_something_else(folder, content):
-    (folder / MANIFEST_NAME).write_bytes(content)
+    (folder / MANIFEST).write_bytes(content)
     with pytest.raises(BundleError, match=r"damaged .*build it again"):
         Bundle.open(folder)
 
@@ -144,8 +206,29 @@ def test_link_in_place_of_a_file(folder, tmp_path):
 def test_newer_version(folder):
     forge(folder, format_version=FORMAT_VERSION + 1, something_new=True)
     with pytest.raises(
-        BundleError, match=r"made by a newer version \(format 2, .*up to 1\); upgrade with: pip install"
+        BundleError, match=r"made by a newer version \(format 3, this version reads 2\); upgrade with: pip install"
     ):
+        Bundle.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "plans", "command"),
+    [
+        (["unet.onnx"], [], r"python -m export.to_onnx CHECKPOINT --out \S+net.engine and the options"),
+        (["unet.onnx", "unet.fp16.onnx"], [], r"python -m export.to_trt CHECKPOINT --out \S+net.engine and"),
+        (["unet.onnx"], [{"file": "unet.rtx.plan"}], r"python -m export.to_trt CHECKPOINT --out \S+net.engine and"),
+        (
+            ["unet.int8.json", "classifier.onnx"],
+            [],
+            r"to_onnx CHECKPOINT --out \S+ --native-int8 --classifier FILE and",
+        ),
+    ],
+)
+def test_format_1(folder, files, plans, command):
+    data = {"format_version": 1, "checkpoint_sha256": "ab" * 32, "files": dict.fromkeys(files), "plans": plans}
+    (folder / MANIFEST).write_text(json.dumps(data | {"manifest_sha256": "00" * 32}))
+    message = rf"made by an earlier version \(format 1, this version reads 2\).*sha256 {'ab' * 32} with: .*{command}"
+    with pytest.raises(BundleError, match=message):
         Bundle.open(folder)
 
 
@@ -156,25 +239,61 @@ def test_path_outside_the_bundle(folder, name):
         Bundle.open(folder)
 
 
-@pytest.mark.parametrize("field", ["family", "config", "diffusion", "files", "plans", "verification", "precision"])
-def test_incomplete_manifest(folder, field):
-    data = json.loads((folder / MANIFEST_NAME).read_text())
-    del data[field]
-    (folder / MANIFEST_NAME).write_text(json.dumps(data))
+def at(data: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """The object that holds the field of a path such as "networks.unet.config", and the field's name."""
+    *parents, field = path.split(".")
+    for name in parents:
+        data = data[name]
+    return data, field
+
+
+FIELDS = (
+    "family", "networks", "networks.unet", "networks.unet.config", "networks.unet.config.time",
+    "networks.unet.config.blocks", "networks.unet.config.cond_channels", "networks.unet.files", "networks.unet.plans",
+    "networks.unet.verification", "networks.classifier.checkpoint_sha256", "diffusion", "diffusion.schedule",
+    "diffusion.schedule.timesteps", "diffusion.clip", "files", "versions", "checkpoint_sha256", "assumptions",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_missing_field(folder, path):
+    data = json.loads((folder / MANIFEST).read_text())
+    parent, field = at(data, path)
+    del parent[field]
+    (folder / MANIFEST).write_text(json.dumps(data))
     forge(folder)
-    data = json.loads((folder / MANIFEST_NAME).read_text())
-    with pytest.raises(BundleError, match=r"manifest.json is (incomplete|damaged).*build it again"):
+    message = rf"manifest.json is wrong or incomplete: this is no Manifest: .*[`'\"]{field}[`'\"].*build it again"
+    with pytest.raises(BundleError, match=message):
         Bundle.open(folder)
 
 
-@pytest.mark.parametrize("value", [None, 3, "text", [1]])
-def test_fields_of_another_type(folder, value):
-    for field in ("config", "diffusion", "files", "plans", "verification"):
-        before = (folder / MANIFEST_NAME).read_bytes()
-        forge(folder, **{field: value})
-        with pytest.raises(BundleError, match=r"manifest.json is (incomplete|damaged)"):
-            Bundle.open(folder)
-        (folder / MANIFEST_NAME).write_bytes(before)
+@pytest.mark.parametrize("path", ["more", "networks.decoder", "networks.unet.config.width", "diffusion.more"])
+def test_unknown_field(folder, path):
+    data = json.loads((folder / MANIFEST).read_text())
+    parent, field = at(data, path)
+    parent[field] = 1
+    (folder / MANIFEST).write_text(json.dumps(data))
+    forge(folder)
+    with pytest.raises(BundleError, match=rf"this is no Manifest: \$.* has the unknown field '{field}'"):
+        Bundle.open(folder)
+
+
+@pytest.mark.parametrize("value", [3, "text", [1], {"a": []}])
+@pytest.mark.parametrize("path", [path for path in FIELDS if path not in ("family", "checkpoint_sha256")])
+def test_fields_of_another_type(folder, path, value):
+    data = json.loads((folder / MANIFEST).read_text())
+    parent, field = at(data, path)
+    is_right = {"diffusion.clip": 3, "networks.unet.config.cond_channels": 3}.get(path) == value
+    parent[field] = value
+    (folder / MANIFEST).write_text(json.dumps(data))
+    forge(folder)
+    if is_right and path == "diffusion.clip":
+        assert Bundle.open(folder).manifest.diffusion.clip == 3.0
+        return
+    if path.endswith("checkpoint_sha256") and value == "text":
+        return
+    with pytest.raises(BundleError, match=r"manifest.json is wrong or incomplete"):
+        Bundle.open(folder)
 
 
 def test_folder_that_is_none(tmp_path):
@@ -199,7 +318,16 @@ def test_opening_writes_nothing(folder):
 
 def test_nan_never_reaches_a_manifest(folder):
     manifest = Bundle.open(folder).manifest
-    bad = dataclasses.replace(manifest.verification[0], rms=float("nan"))
+    bad = dataclasses.replace(manifest.unet.verification[0], rms=float("nan"))
     assert not bad.passed
-    with pytest.raises(ValueError, match="nan"):
-        write_manifest(folder, dataclasses.replace(manifest, verification=(bad,)))
+    with pytest.raises(ConfigError, match=r"\$.networks.unet.verification\[0\].rms is nan; a finite number"):
+        Bundle.write(folder, with_unet(manifest, verification=(bad,)))
+
+
+def test_nan_is_not_read_from_a_manifest(folder):
+    data = json.loads((folder / MANIFEST).read_text())
+    data["networks"]["unet"]["verification"][0]["rms"] = float("nan")
+    (folder / MANIFEST).write_text(json.dumps(data))
+    forge(folder)
+    with pytest.raises(BundleError, match=r"\$.networks.unet.verification\[0\].rms is nan"):
+        Bundle.open(folder)

@@ -27,6 +27,7 @@ from engine.checkpoints.reading import read_file
 from engine.checkpoints.unwrapping import without_wrappers
 from engine.errors import CheckpointError, UnknownFamilyError
 from engine.files import file_sha256
+from engine.json_form import encode
 
 CONFIG = adm_unet(mult=(1,), attention=())
 FACTS: dict[str, Any] = {"image_size": 8, "num_heads": 1}
@@ -330,7 +331,7 @@ def test_info_as_json(tmp_path):
     outcome = call_main("info", tmp_path / "c.pt", "--num-head-channels", "32", "--json")
     data = json.loads(outcome.out)
     assert (data["kind"], data["family"]) == ("classifier", "openai-guided")
-    assert data["config"] == json.loads(json.dumps(config.to_dict()))
+    assert data["config"] == json.loads(json.dumps(encode(config)))
     assert data["sha256"] == file_sha256(tmp_path / "c.pt")
     assert data["parameters"] == sum(value.numel() for value in random_network(config).parameters())
     assert ["image_size", [8, 8], "16 positions in the attention pool"] in data["assumptions"]

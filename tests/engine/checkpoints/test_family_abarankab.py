@@ -7,22 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
 from chain_reference import ABARANKAB, Arguments, angles, make_network, run_network
-from exported import assert_exports
+from exported import FP32_OTHER_LIBRARY, assert_exports, call, network_inputs
 from helpers import FP32_OTHER_ORDER, adm_unet
 from torch import Tensor
 
+from engine.backends.registry import open_backend
 from engine.checkpoints.facts import make_facts
 from engine.checkpoints.families import abarankab
 from engine.checkpoints.load import load_checkpoint
 from engine.checkpoints.types import Checkpoint
 from engine.diffusion.prediction import Prediction, Variance
 from engine.diffusion.schedule import cosine_schedule
-from engine.errors import CheckpointError
-from engine.networks.config import Norm, ResBlock
+from engine.errors import CheckpointError, ConfigError
+from engine.networks.config import Norm, ResBlock, UNetConfig
+from engine.networks.inputs import Inputs
+from engine.sampling.sampler import Sampler
+from export.precision import Precision
+from export.to_onnx import export_bundle
 
 PLAIN = Arguments(ABARANKAB)
 FACTS: dict[str, Any] = {"image_size": (8, 8), "num_groups": 4}
@@ -76,6 +82,8 @@ OPTIONS: dict[str, tuple[Arguments, dict[str, Any]]] = {
     "time scale": (replace(PLAIN, time_scale=0.25), {"time_scale": 0.25}),
     "padding": (replace(PLAIN, pad=2), {"initial_pad": 2, "image_size": (12, 4)}),
     "classes": (replace(PLAIN, classes=3, activation=F.mish), {"activation": "mish"}),
+    "no time": (replace(PLAIN, time_dim=None), {}),
+    "no time, classes": (replace(PLAIN, time_dim=None, classes=3), {}),
     "one level": (replace(PLAIN, mults=(1,), attention=(), channels=1), {}),
     "three levels": (replace(PLAIN, mults=(2, 1, 3), depth=2, attention=(0, 2)), {}),
 }
@@ -157,7 +165,7 @@ def test_default_cifar10_network_is_inferred_from_shapes() -> None:
         channels=3, size=(32, 32), width=128, mult=(1, 2, 2, 2), depth=2, attention=(1,), heads=1, scale_shift=False
     )
     assert config.blocks == expected.blocks
-    assert (config.embed_channels, config.time_channels) == (128, 512)
+    assert (config.time.embed_channels, config.time.channels) == (128, 512)
 
 
 def test_batch_norm_is_folded() -> None:
@@ -180,10 +188,63 @@ def test_what_does_not_fit_is_refused() -> None:
     assert "extra.weight" in refused(state | {"ema_model.extra.weight": torch.zeros(1)})
     assert "ups.0 is no ResBlock" in refused({n: v for n, v in state.items() if ".ups.0.conv_1" not in n})
     assert "lacks mid.1.norm_2.bias" in refused({n: v for n, v in state.items() if "mid.1.norm_2.bias" not in n})
-    assert "time_emb_dim None" in refused({n: v for n, v in state.items() if ".time_mlp." not in n})
+    # Of a network that sees the timestep, every block does.
+    assert "lacks time_mlp.1.weight" in refused({n: v for n, v in state.items() if ".time_mlp.1.weight" not in n})
+    assert "lacks mid.1.time_bias.bias" in refused({n: v for n, v in state.items() if "mid.1.time_bias.bias" not in n})
+    assert ".time_bias." in refused({n: v for n, v in state.items() if ".time_mlp." not in n})
+    blind = content(replace(PLAIN, time_dim=None))
+    assert "made with time_emb_dim None), and --time-scale says 2.0; leave it out" in refused(blind, time_scale=2.0)
+    labelled = content(replace(PLAIN, time_dim=None, classes=3))
+    assert "lacks mid.1.class_bias" in refused({n: v for n, v in labelled.items() if "mid.1.class_bias" not in n})
 
 
 def test_export(tmp_path: Path) -> None:
     arguments = replace(PLAIN, classes=3, norm="in", activation=F.mish, pad=2)
     facts = {"norm": "instance", "activation": "mish", "initial_pad": 2, "image_size": (12, 4)}
     assert_exports(load(tmp_path, content(arguments), **facts), tmp_path)
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_network_without_time(tmp_path: Path, classes: int | None) -> None:
+    """Nothing of it depends on the timestep, which its ONNX file has no input for, and every backend agrees."""
+    arguments = replace(PLAIN, time_dim=None, classes=classes)
+    checkpoint = load(tmp_path, content(arguments))
+    config = checkpoint.config
+    assert isinstance(config, UNetConfig)
+    assert config.time is None
+    assert config.projection_channels == (() if classes is None else (8, 16, 16, 16, 16, 16, 8, 8))
+    assert {name.split(".")[0] for name in checkpoint.weights} == (
+        {"blocks"} if classes is None else {"blocks", "time"}
+    )
+    assert "time_scale" not in {assumption.name for assumption in checkpoint.assumptions}
+    bundle = export_bundle(checkpoint, tmp_path / "net.engine", precision=Precision.FP16)
+    graph = onnx.load(bundle.path / "unet.onnx").graph
+    assert [value.name for value in graph.input] == ["x_t", *([] if classes is None else ["label"])]
+    inputs = network_inputs(config, 3, 20)
+    with torch.inference_mode():
+        wanted = checkpoint.unet()(**inputs.tensors())
+    for name, precision, limit in (
+        ("eager", "fp32", FP32_OTHER_ORDER),
+        ("ort", "fp32", FP32_OTHER_LIBRARY),
+        ("ort", "fp16", 1e-2),
+        ("ov", "fp32", FP32_OTHER_LIBRARY),
+        ("native", "fp32", FP32_OTHER_LIBRARY),
+    ):
+        backend = open_backend(bundle, name, precision, threads=1)
+        got = call(backend, inputs)
+        assert torch.equal(got, call(backend, Inputs(inputs.x_t, inputs.timestep + 1, inputs.conditions)))
+        assert float((got - wanted).abs().max()) <= limit * float(wanted.abs().max()), (name, precision)
+        images = Sampler(backend).sample(2, steps=3, seed=1)
+        assert bool(torch.isfinite(images).all())
+        backend.close()
+
+
+def test_config_without_time_that_contradicts_itself() -> None:
+    config = abarankab.translate(content(replace(PLAIN, time_dim=None, classes=3)), make_facts(FACTS)).config
+    assert isinstance(config, UNetConfig)
+    with pytest.raises(ConfigError, match="labels are added to the time embedding, and the network has none"):
+        replace(config, label_projection=False)
+    with pytest.raises(ConfigError, match="blocks take a projection of the timestep or a label, and the network sees"):
+        replace(config, num_classes=None, label_projection=False)
+    with pytest.raises(ConfigError, match="the network has no table of labels"):
+        replace(config, num_classes=None)

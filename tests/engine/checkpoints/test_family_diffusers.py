@@ -29,6 +29,7 @@ from engine.diffusion.noise import RecordedNoise
 from engine.diffusion.prediction import Diffusion
 from engine.diffusion.solvers import COLUMNS, StepTable, ddim_table, ddpm_table
 from engine.errors import CheckpointError, ConfigError, RequestError
+from engine.json_form import decode, encode
 from engine.networks import config as c
 from engine.networks.unet import UNet
 from engine.sampling.sampler import Sampler
@@ -537,7 +538,7 @@ def test_networks_that_contradict_themselves(options, message):
 def test_every_norm_s_channels_split(block):
     blocks = (c.ImageSave(), c.Conv(3, 6), block, c.Conv(6, 3))
     with pytest.raises(ConfigError, match="block 2: 6 channels cannot be split into 4 groups"):
-        c.UNetConfig(3, 3, (8, 8), 8, 32, blocks)
+        c.UNetConfig(3, 3, (8, 8), c.TimeConfig(8, 32), blocks)
 
 
 def test_label_vectors_reach_the_network(tmp_path):
@@ -606,7 +607,7 @@ def test_published_networks(name):
         assert isinstance(translated.config, c.UNetConfig)
         ours = UNet(translated.config).state_dict()
     assert {k: v.shape for k, v in translated.weights.items()} == {k: v.shape for k, v in ours.items()}
-    assert c.UNetConfig.from_dict(json.loads(json.dumps(translated.config.to_dict()))) == translated.config
+    assert decode(json.loads(json.dumps(encode(translated.config))), c.UNetConfig) == translated.config
     assert parameters in (None, sum(value.numel() for value in theirs.state_dict().values()))
     assert sum(isinstance(b, c.Downsample) or getattr(b, "resample", None) is c.Resample.DOWN
                for b in translated.config.blocks) == halvings  # fmt: skip

@@ -30,9 +30,10 @@ from engine.diffusion.continuous import LogSnr, MonotoneNet, time_slices
 from engine.diffusion.guidance import ClassifierFreeGuidance
 from engine.diffusion.ladder import visited_timesteps
 from engine.diffusion.prediction import Diffusion, Prediction, Spacing, Variance
-from engine.diffusion.schedule import cosine_schedule, linear_schedule, named_schedule, sigmoid_schedule
+from engine.diffusion.schedule import NoiseSchedule, cosine_schedule, linear_schedule, named_schedule, sigmoid_schedule
 from engine.diffusion.solvers import ddim_table, ddpm_table
 from engine.errors import CheckpointError, ConfigError, RequestError
+from engine.json_form import decode, encode
 from engine.sampling.likelihood import variational_bound
 from engine.sampling.sampler import Sampler
 
@@ -242,7 +243,8 @@ LOG_SNRS = [LogSnr("linear"), LogSnr("cosine"), LogSnr("learned", NET)]
 
 
 def continuous(log_snr: LogSnr, prediction: Prediction = Prediction.EPS) -> Diffusion:
-    return Diffusion(time_slices(log_snr, 50), prediction, Variance.FIXED_SMALL, log_snr=log_snr)
+    slices = NoiseSchedule(time_slices(log_snr, 50).betas)
+    return Diffusion(slices, prediction, Variance.FIXED_SMALL, log_snr=log_snr)
 
 
 @pytest.mark.parametrize("log_snr", LOG_SNRS, ids=lambda s: s.name)
@@ -266,7 +268,7 @@ def test_rows_in_continuous_time(log_snr: LogSnr, count: int) -> None:
 def test_log_snr_falls_and_survives_json(log_snr: LogSnr) -> None:
     t = np.linspace(0, 1, 101)
     assert np.all(np.diff(log_snr(t)) < 0)
-    diffusion = Diffusion.from_dict(continuous(log_snr, Prediction.V).to_dict())
+    diffusion = decode(encode(continuous(log_snr, Prediction.V)), Diffusion)
     assert diffusion.log_snr == log_snr
     np.testing.assert_array_equal(ddim_table(diffusion, 7).P, ddim_table(continuous(log_snr, Prediction.V), 7).P)
 

@@ -25,7 +25,7 @@ def on_meta(config: c.UNetConfig | c.ClassifierConfig) -> dict[str, torch.Tensor
 
 def half_width_first(config: c.UNetConfig | c.ClassifierConfig) -> Any:
     """Multipliers 0.5, 1, ... of twice the width that the builder was given."""
-    return dataclasses.replace(config, embed_channels=2 * config.embed_channels, time_channels=2 * config.time_channels)
+    return dataclasses.replace(config, time=c.TimeConfig(2 * config.time.embed_channels, 2 * config.time.channels))
 
 
 ADM = {"channels": 3, "updown": True, "learn_sigma": True, "head_dim": 64}

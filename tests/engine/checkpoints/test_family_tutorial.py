@@ -167,8 +167,8 @@ def test_conventions_and_assumptions(tmp_path: Path) -> None:
 
 def test_full_size_network_is_inferred_from_shapes() -> None:
     translation = tutorial.translate(network((64, 128, 256, 1024), device="meta"), make_facts({}))
-    assert translation.config.embed_channels == 64
-    assert translation.config.time_channels == 256
+    assert translation.config.time.embed_channels == 64
+    assert translation.config.time.channels == 256
     attentions = [block for block in translation.config.blocks if type(block).__name__ == "Attention"]
     assert [block.channels for block in attentions] == [256, 256, 1024, 1024, 1024, 1024, 1024, 256, 256, 256, 128]
 

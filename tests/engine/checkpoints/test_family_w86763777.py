@@ -104,7 +104,7 @@ def test_published_network_is_inferred_from_shapes(name: str) -> None:
     )
     assert config.blocks == expected.blocks
     assert (config.image_size, config.in_channels, config.out_channels) == ((side, side), 3, 3)
-    assert (config.embed_channels, config.time_channels) == (128, 512)
+    assert (config.time.embed_channels, config.time.channels) == (128, 512)
     assert len(translation.diffusion.schedule) == 1000
     assert sum(value.numel() for value in translation.weights.values()) == parameters
     assert {a.name for a in translation.assumptions} == {

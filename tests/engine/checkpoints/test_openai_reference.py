@@ -16,6 +16,7 @@ from engine.checkpoints.load import load_checkpoint
 from engine.checkpoints.types import Checkpoint
 from engine.diffusion.prediction import Prediction, Variance
 from engine.errors import CheckpointError, ConfigError
+from engine.json_form import decode, encode
 from engine.networks import config as c
 
 
@@ -352,7 +353,7 @@ def test_a_pool_that_is_not_supported(tmp_path):
 @settings(max_examples=15)
 @given(unets())
 def test_configs_survive_json(config):
-    assert c.UNetConfig.from_dict(config.to_dict()) == config
+    assert decode(encode(config), c.UNetConfig) == config
 
 
 def test_a_config_that_contradicts_itself():

@@ -18,7 +18,7 @@ from helpers import Outcome, adm_classifier, adm_unet, call_main, logging_restor
 from PIL import Image
 
 from engine import images
-from engine.bundle.manifest import WEIGHTS_NAME
+from engine.bundle.file_names import UNET, weights_name
 from engine.cli import sample as cli_sample
 from engine.cli.command import run_command
 from engine.errors import OutputError
@@ -314,9 +314,9 @@ def test_images_of_a_network_that_overflows(tmp_path, monkeypatch, bundle):
 def test_one_byte_changed_in_the_bundle(tmp_path, bundle):
     changed = tmp_path / "c.engine"
     shutil.copytree(bundle, changed)
-    content = bytearray((changed / WEIGHTS_NAME).read_bytes())
+    content = bytearray((changed / weights_name(UNET)).read_bytes())
     content[-1] ^= 1
-    (changed / WEIGHTS_NAME).write_bytes(content)
+    (changed / weights_name(UNET)).write_bytes(content)
     message = "was changed after it was built (its sha256 differs from the manifest's); build it again with"
     assert message in sample(changed, "--out", tmp_path / "o").error
     assert message in call_main("info", changed, "--verify").error
@@ -335,13 +335,13 @@ def test_info_about_a_bundle(bundle):
         "schedule     100 steps, beta",
         "variance fixed_large, x0 limited to +-1",
         "files (all hashes are right)",
-        f"  {WEIGHTS_NAME}  ",
+        f"  {weights_name(UNET)}  ",
     ):
         assert text in outcome.out
     data = json.loads(call_main("info", bundle, "--json").out)
     assert data["verified"] is False
     assert data["config"]["null_class"] == 2
-    assert list(data["files"]) == [WEIGHTS_NAME]
+    assert list(data["files"]) == [weights_name(UNET)]
 
 
 @pytest.mark.parametrize("command", [[], ["sample"], ["info"]])

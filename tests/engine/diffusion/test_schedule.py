@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from engine.diffusion.prediction import Diffusion, Prediction, Variance
 from engine.diffusion.schedule import NoiseSchedule, cosine_schedule, linear_schedule, space_timesteps
 from engine.errors import ConfigError, RequestError
+from engine.json_form import decode, encode
 
 LENGTHS = [21, 50, 100, 999, 1000, 4000]
 
@@ -237,14 +238,14 @@ def test_float32_betas_are_multiplied_in_float64():
 @given(st.lists(st.floats(0, 1, exclude_min=True, exclude_max=True), min_size=1, max_size=20))
 def test_json_gives_the_same_bits(betas):
     schedule = NoiseSchedule(np.array(betas))
-    again = NoiseSchedule.from_dict(json.loads(json.dumps(schedule.to_dict())))
+    again = decode(json.loads(json.dumps(encode(schedule))), NoiseSchedule)
     assert again.betas.tobytes() == schedule.betas.tobytes()
     assert again.timesteps.tobytes() == schedule.timesteps.tobytes()
 
 
 def test_json_of_a_respaced_schedule_keeps_its_timesteps():
     schedule = linear_schedule(1000).respaced(space_timesteps(1000, 7))
-    again = NoiseSchedule.from_dict(json.loads(json.dumps(schedule.to_dict())))
+    again = decode(json.loads(json.dumps(encode(schedule))), NoiseSchedule)
     assert again.betas.tobytes() == schedule.betas.tobytes()
     assert again.timesteps.tolist() == schedule.timesteps.tolist() != list(range(7))
 
@@ -259,16 +260,23 @@ def test_json_of_a_respaced_schedule_keeps_its_timesteps():
 )
 def test_json_of_a_diffusion(prediction, variance, clip, scale, low):
     diffusion = Diffusion(cosine_schedule(30), prediction, variance, clip, scale, (low, 1.0))
-    again = Diffusion.from_dict(json.loads(json.dumps(diffusion.to_dict())))
-    assert again.to_dict() == diffusion.to_dict()
+    again = decode(json.loads(json.dumps(encode(diffusion))), Diffusion)
+    assert encode(again) == encode(diffusion)
     assert again.schedule.betas.tobytes() == diffusion.schedule.betas.tobytes()
     assert (again.prediction, again.variance, again.data_range) == (prediction, variance, (low, 1.0))
 
 
 @pytest.mark.parametrize(
-    "change", [{"prediction": "noise"}, {"variance": 3}, {"data_range": [0]}, {"schedule": {}}, {"timestep_scale": "x"}]
+    ("change", "message"),
+    [
+        ({"prediction": "noise"}, r"Invalid enum value 'noise' - at `\$.prediction`"),
+        ({"variance": 3}, r"at `\$.variance`"),
+        ({"data_range": [0]}, r"length 2, got 1 - at `\$.data_range`"),
+        ({"schedule": {}}, r"missing required field `betas` - at `\$.schedule`"),
+        ({"timestep_scale": "x"}, r"Expected `float`, got `str` - at `\$.timestep_scale`"),
+    ],
 )
-def test_json_of_a_diffusion_that_is_wrong(change):
-    data = Diffusion(cosine_schedule(30)).to_dict() | change
-    with pytest.raises(ConfigError, match="the diffusion description is incomplete or wrong"):
-        Diffusion.from_dict(data)
+def test_json_of_a_diffusion_that_is_wrong(change, message):
+    data = encode(Diffusion(cosine_schedule(30))) | change
+    with pytest.raises(ConfigError, match=f"this is no Diffusion: .*{message}"):
+        decode(data, Diffusion)

@@ -19,6 +19,7 @@ from engine.diffusion.prediction import Diffusion, Prediction, Variance
 from engine.diffusion.schedule import linear_schedule, space_timesteps
 from engine.diffusion.solvers import COLUMNS, StepTable, ddim_inversion_table, ddim_table, ddpm_table, dpmpp_table
 from engine.errors import ConfigError, RequestError
+from engine.json_form import decode, encode
 from kernels.reference import Coefficients, limit_x0, solver_update
 
 
@@ -351,7 +352,7 @@ def test_the_checkpoints_percentile_is_a_column(make):
     assert make(diffusion()).percentile.tolist() == [0.0] * 5
     assert make(diffusion(clip=1.5, percentile=0.9)).percentile.tolist() == [0.9] * 5
     assert make(diffusion(clip=1.5, percentile=0.9)).clip.tolist() == [1.5] * 5
-    again = Diffusion.from_dict(diffusion(clip=1.5, percentile=0.9).to_dict())
+    again = decode(encode(diffusion(clip=1.5, percentile=0.9)), Diffusion)
     assert (again.clip, again.percentile) == (1.5, 0.9)
 
 

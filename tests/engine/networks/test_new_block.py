@@ -23,11 +23,12 @@ from engine.backends.native.lowering import build_program
 from engine.backends.native.native_backend import NativeBackend
 from engine.backends.ort.ort_backend import open_session, run_session
 from engine.errors import BackendError, ConfigError
+from engine.json_form import decode, encode
 from engine.networks import blocks
 from engine.networks.blocks import Activation, Conv, Norm, Pop, Push, ResBlock
 from engine.networks.blocks.base import Block, Shapes
 from engine.networks.blocks.target import ONE, NormRule, Target, Then
-from engine.networks.config import UNetConfig
+from engine.networks.config import TimeConfig, UNetConfig
 from engine.networks.inputs import Inputs
 from engine.networks.layers import Normalise, activate
 from engine.networks.unet import UNet
@@ -99,7 +100,7 @@ class NotLowered(Block):
 
 FEED, PLACE = FeedForward(8, 20, 4), 3
 CONFIG = UNetConfig(
-    3, 3, (6, 10), 8, 12, (Conv(3, 8), Push(), ResBlock(8, 8, True, groups=4), FEED, Pop(), Conv(16, 3))
+    3, 3, (6, 10), TimeConfig(8, 12), (Conv(3, 8), Push(), ResBlock(8, 8, True, groups=4), FEED, Pop(), Conv(16, 3))
 )
 
 
@@ -154,7 +155,7 @@ def test_the_reference_is_its_equation(unet: UNet) -> None:
 @pytest.mark.parametrize("block", [FEED, FeedForward(8, 12, 2, 1e-3, Activation.MISH)])
 def test_it_survives_json(block: FeedForward) -> None:
     config = dataclasses.replace(CONFIG, blocks=(*CONFIG.blocks[:PLACE], block, *CONFIG.blocks[PLACE + 1 :]))
-    assert UNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert decode(json.loads(json.dumps(encode(config))), UNetConfig) == config
 
 
 @pytest.mark.parametrize(("precision", "limit"), [(Precision.FP32, FP32_OTHER_ORDER), (Precision.FP16, 5e-3)])
@@ -207,13 +208,13 @@ def test_its_convolution_may_be_int8_on_the_cpu_engine(unet: UNet) -> None:
 
 
 def test_what_it_does_not_state_is_refused_by_name() -> None:
-    config = UNetConfig(3, 3, (4, 4), 8, 12, (NotLowered(3),))
+    config = UNetConfig(3, 3, (4, 4), TimeConfig(8, 12), (NotLowered(3),))
     with pytest.raises(BackendError, match="the native engine has no NotLowered; choose another backend"):
         build_program(config)
     unet, x_t = UNet(config), torch.randn(1, 3, 4, 4)
     assert torch.equal(unet(x_t, torch.ones(1)), F.hardswish(x_t))
     with pytest.raises(ConfigError, match="NotLowered is not named in engine.networks.blocks.BLOCK_TYPES"):
-        config.to_dict()
+        encode(config)
 
 
 def test_a_class_that_lacks_what_a_block_must_state() -> None:

@@ -98,7 +98,7 @@ def test_results_lie_in_the_range_of_images():
 def ddim_by_hand(backend: Elementwise, seed: int, steps: int, eta: float, y: int) -> np.ndarray:
     """One image by the paper's loop in float64."""
     abar = cosine_schedule(100).alphas_cumprod[space_timesteps(100, steps)]
-    shape = (1, *backend.manifest.config.image_size)
+    shape = (1, *backend.manifest.unet.config.image_size)
     x = normal([seed], [0], shape)[0].astype(np.float64)
     for k, t in enumerate(reversed(range(steps))):
         a, previous = abar[t], abar[t - 1] if t else 1.0
