@@ -74,19 +74,24 @@ def _decode_special(cls: Any, data: Any) -> Any:
     if get_origin(cls) is np.ndarray:
         scalar = get_args(get_args(cls)[1])[0]
         kind = int if issubclass(scalar, np.integer) else float
-        return np.array(msgspec.convert(data, list[kind]), dtype=scalar)  # type: ignore[valid-type]
+        return np.array(_convert(data, list[kind], "array"), dtype=scalar)  # type: ignore[valid-type]
     raise NotImplementedError(f"{cls} has no JSON form")
 
 
 def _decode_block(data: Any) -> Block:
     name = data.get("type") if isinstance(data, dict) else None
-    if name not in BLOCK_TYPES:
+    if not isinstance(name, str) or name not in BLOCK_TYPES:
         raise ValueError(f"unknown block type {name!r}; known: {', '.join(BLOCK_TYPES)}")
     fields = {field: value for field, value in data.items() if field != "type"}
+    return _convert(fields, BLOCK_TYPES[name], f"block {name!r}")
+
+
+def _convert(data: Any, cls: type[T], what: str) -> T:
     try:
-        return msgspec.convert(fields, BLOCK_TYPES[name], dec_hook=_decode_special)
+        return msgspec.convert(data, cls, dec_hook=_decode_special)
     except msgspec.ValidationError as error:
-        raise ValueError(f"block {name!r}: {error}") from error
+        # msgspec adds the place to any other ValueError than its own.
+        raise ValueError(f"{what}: {error}") from error
 
 
 def _compare(data: Any, written: Any, where: str, cls: type) -> None:
