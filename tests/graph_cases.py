@@ -5,8 +5,7 @@ from __future__ import annotations
 from engine.diffusion.guidance import ClassifierFreeGuidance
 
 # The step program and Slots multiply and add in the same order; a normal may be rounded to its neighbour (see
-# engine.diffusion.noise). Classifier-free guidance with projection or rescaling sums a batch in another order than an
-# image.
+# engine.diffusion.noise).
 SAME = {"atol": 1e-6, "rtol": 1e-6}
 
 

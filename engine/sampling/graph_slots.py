@@ -156,12 +156,14 @@ class GraphSlots:
         for slot in slots:
             host.rest(slot)
         self._is_stale = True
-        yield
-        with device.use(device.main):
-            for tensor, value in zip(held, kept, strict=True):
-                tensor.copy_(value)
-        host.ints[:, slots], host.floats[:, slots] = ints, floats
-        self._is_stale = True
+        try:
+            yield
+        finally:
+            with device.use(device.main):
+                for tensor, value in zip(held, kept, strict=True):
+                    tensor.copy_(value)
+            host.ints[:, slots], host.floats[:, slots] = ints, floats
+            self._is_stale = True
 
     def _leave(self, slot: int) -> None:
         self._requests[slot] = self._placed[slot] = None
