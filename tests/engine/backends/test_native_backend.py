@@ -114,8 +114,7 @@ def test_a_large_mean_does_not_cancel(isa: Isa) -> None:
     inputs = network_inputs(config, 2, 100)
     with torch.inference_mode():
         single = unet(**inputs.tensors())
-        doubled = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
-        exact = unet.double()(**doubled)
+        exact = unet.double()(**in_float64(inputs).tensors())
     backend = NativeBackend.from_weights(tiny_manifest(config), state, 2, isa)
     error = (call(backend, inputs) - exact).abs().max()
     assert error <= 2 * (single - exact).abs().max()
