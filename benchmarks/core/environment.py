@@ -90,7 +90,7 @@ def gpu() -> dict[str, Any] | None:
 def describe(block: dict[str, Any]) -> str:
     """One line for a reader."""
     processor = block["cpu"]
-    parts = [f"{processor['model']}, {block['threads']} threads"]
+    parts = [f"{processor['model']}, {block['threads']} thread{'' if block['threads'] == 1 else 's'}"]
     if processor["isa"]:
         parts.append(" ".join(processor["isa"]))
     if block["gpu"]:

@@ -180,7 +180,8 @@ def draw_export_cost(report: Report, path: Path) -> None:
             axes.set_ylabel(label)
             axes.set_ylim(0, 1.1 * max(axes.get_ylim()[1], 1e-3))
             axes.margins(x=0.15)
-            axes.legend(fontsize=8, loc="best")
+            if rows:
+                axes.legend(fontsize=8, loc="best")
 
 
 def draw_kernels(report: Report, path: Path) -> None:

@@ -81,7 +81,7 @@ def test_the_pages_and_the_block_come_from_the_files(tmp_path):
     block = readme.read_text()
     assert block.startswith(f"before\n{page.BEGIN}\n" + "\n".join(table))
     assert block.endswith("after\n")
-    assert "`python -m benchmarks.peers digits.engine --short`" in block
+    assert "The digits model (2.4 M parameters), 10 DDIM steps, batch 4" in block
     assert "old" not in block
 
 
