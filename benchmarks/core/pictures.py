@@ -118,7 +118,7 @@ def _draw_step_parts(axes: Any, rows: Sequence[Row]) -> None:
     # A gap between batches.
     y = [place + batches.index(row.case["batch"]) for place, row in enumerate(rows)]
     start = [0.0] * len(rows)
-    for part, colour in (("network", COLOURS[5]), ("rest", COLOURS[8])):
+    for part, colour in (("network", COLOURS[5]), ("rest", GREY)):
         values = [
             max(value, 0.0) / float(row.case["batch"] or 1)
             for row, value in zip(rows, _numbers(rows, f"{part}_ms"), strict=True)
@@ -138,8 +138,8 @@ def _draw_step_parts(axes: Any, rows: Sequence[Row]) -> None:
 def draw_native_bound(report: Report, path: Path) -> None:
     """Each part in the network beside the same part alone, a panel for each precision and batch."""
     cases = list(dict.fromkeys((row.case["precision"], row.case["batch"]) for row in report.rows))
-    lines = -(-len(cases) // 2)
-    with figure(path, columns=2, rows=lines, width=14, height=(2.0 + 0.44 * _MOST_PARTS) * lines) as axes:
+    columns, lines = min(2, len(cases)), -(-len(cases) // 2)
+    with figure(path, columns, lines, width=7.0 * columns, height=(2.0 + 0.44 * _MOST_PARTS) * lines) as axes:
         for each, case in zip(axes, cases, strict=False):
             rows = [row for row in report.rows if (row.case["precision"], row.case["batch"]) == case]
             shown = rows[:_MOST_PARTS]

@@ -16,7 +16,6 @@ from engine.diffusion.guidance import ClassifierGuidance
 from engine.diffusion.noise import normal
 from engine.errors import RequestError
 from engine.networks.config import LabelInput, UNetConfig
-from engine.sampling.pool import SlotPool
 from engine.sampling.requests import Request
 from engine.sampling.sampler import Sampler
 from engine.sampling.slot_batch import SlotBatch, Step
@@ -47,7 +46,7 @@ class StepNetwork:
 
     @property
     def device(self) -> Device | None:
-        """Where its steps are replays of a graph, None for steps on the host; as engine.sampling.pool decides."""
+        """Where its steps are replays of a graph, None for steps on the host; as Sampler.slots decides."""
         guide = None if self.guidance is None else self.guidance.guide
         is_on_device = is_capturable(self.sampler.backend) and (guide is None or is_capturable(guide))
         return cuda_device() if is_on_device else None
@@ -89,7 +88,7 @@ def slot_loop(network: StepNetwork, kind: StepKind, batch: int) -> Iterator[Slot
         image=_condition(sampler.config, batch),
     )
     guide = None if network.guidance is None else network.guidance.guide
-    with SlotPool(sampler.backend).borrow(batch, guide, normal, batch) as slots:
+    with sampler.slots(batch, guide) as slots:
         yield SlotLoop(slots, requests)
 
 
