@@ -42,10 +42,12 @@ class Measurement:
 
     @property
     def relative(self) -> float:
+        """rms / reference_rms."""
         return self.rms / self.reference_rms
 
     @property
     def passed(self) -> bool:
+        """Whether the artefact may be used."""
         return self.relative <= self.limit
 
 
@@ -161,8 +163,10 @@ class Manifest:
 
     @property
     def unet(self) -> NetworkEntry[UNetConfig]:
+        """The network that is sampled from."""
         return self.networks.unet
 
     @property
     def classifier(self) -> ClassifierEntry | None:
+        """The classifier that guides it, if the bundle has one."""
         return self.networks.classifier

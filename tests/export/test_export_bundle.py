@@ -197,7 +197,7 @@ def test_json_summary(made):
     data = json.loads(made.printed)
     assert data["bundle"] == str(made.bundle.path)
     assert data["files"].keys() == made.bundle.manifest.files.keys()
-    assert all(m["passed"] and m["relative"] <= m["limit"] for m in data["verification"])
+    assert all(m["passed"] and m["relative"] <= m["limit"] for m in data["networks"]["unet"]["verification"])
 
 
 def test_onnx_files_hold_no_paths_of_this_machine(made):

@@ -340,7 +340,7 @@ def test_info_about_a_bundle(bundle):
         assert text in outcome.out
     data = json.loads(call_main("info", bundle, "--json").out)
     assert data["verified"] is False
-    assert data["config"]["null_class"] == 2
+    assert data["networks"]["unet"]["config"]["null_class"] == 2
     assert list(data["files"]) == [weights_name(UNET)]
 
 
