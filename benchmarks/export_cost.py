@@ -31,8 +31,8 @@ from benchmarks.core.report import Check, Missing, Report, Row
 from benchmarks.exports.export_run import PHASES, run_export
 from benchmarks.random_models import MODELS, write_random_model
 from engine.backends.trt.trt_library import PIP_LINES, RTX
+from engine.bundle.bundle_folder import Bundle, is_bundle
 from engine.bundle.file_names import UNET, weights_name
-from engine.bundle.folder import Bundle, is_bundle
 from engine.errors import BackendError, RequestError
 from engine.files import atomic_folder, make_folder
 from export.to_trt import parse_targets

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine.backends.trt.trt_library import gpu_capability
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.cli.command import run_command
 from engine.errors import BackendError, RequestError, UNetRTError
 from engine.files import atomic_path

@@ -21,16 +21,16 @@ import torch
 
 from benchmarks.core.environment import environment
 from benchmarks.core.harness import make_parser, parse_numbers, run_benchmark
+from benchmarks.core.measured_network import describe_bundle, real_inputs, reference_network
 from benchmarks.core.pictures import draw_native_bound
 from benchmarks.core.report import Check, Comparison, Missing, Report, Row, Value
 from benchmarks.core.stats import paired_ratio
-from benchmarks.core.subject import describe_bundle, real_inputs, reference_network
 from benchmarks.core.timing import Variant, interleave
 from engine.backends.native.lowering import build_program
 from engine.backends.native.native_backend import NativeBackend, count_cores
 from engine.backends.native.program import NONE, Builder, Code, MapShape, Operator, Program
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.file_names import UNET, ranges_name
-from engine.bundle.folder import Bundle
 from engine.errors import BackendError
 from engine.networks.inputs import Conditions
 from kernels.native.library import Engine, NativeError, Network, best_isa

@@ -26,10 +26,7 @@ import torch
 from benchmarks.core.checks import not_slower, precision_checks
 from benchmarks.core.environment import environment
 from benchmarks.core.harness import choose, make_parser, parse_numbers, run_benchmark
-from benchmarks.core.pictures import draw_step_latency
-from benchmarks.core.report import Check, Comparison, Missing, Report, Row, Value
-from benchmarks.core.stats import LEAST_ROUNDS, paired_ratio, spread
-from benchmarks.core.subject import (
+from benchmarks.core.measured_network import (
     Name,
     RealInputs,
     describe_bundle,
@@ -37,6 +34,9 @@ from benchmarks.core.subject import (
     parse_names,
     real_inputs,
 )
+from benchmarks.core.pictures import draw_step_latency
+from benchmarks.core.report import Check, Comparison, Missing, Report, Row, Value
+from benchmarks.core.stats import LEAST_ROUNDS, paired_ratio, spread
 from benchmarks.steps.batch_measure import (
     SETTLE_BELOW_MS,
     MakeClock,
@@ -51,7 +51,7 @@ from benchmarks.steps.slot_loop import SAMPLERS, StepKind, StepNetwork
 from engine.backends.native.native_backend import count_cores
 from engine.backends.protocol import Backend
 from engine.backends.registry import open_backend, variants
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.errors import BackendError, RequestError, UNetRTError
 from engine.sampling.sampler import Sampler
 from export.verify import Difference
@@ -61,7 +61,7 @@ ROUNDS, SHORT_ROUNDS = 100, 40
 SECONDS, SHORT_SECONDS = 1200.0, 60.0
 
 Opener = Callable[[Bundle, Sequence[Name], int | None], tuple[dict[str, Backend], tuple[Missing, ...]]]
-"""benchmarks.core.subject.open_variants, or what a test puts in its place."""
+"""benchmarks.core.measured_network.open_variants, or what a test puts in its place."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.manifest import FusionReport, NetworkEntry
 from engine.checkpoints.facts import add_fact_arguments
 from engine.cli.command import run_command

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from engine.backends.native.byte_ranges import write_ranges
+from engine.bundle.bundle_folder import Bundle, is_bundle
 from engine.bundle.file_names import CLASSIFIER, UNET, onnx_name, ranges_name, weights_name
-from engine.bundle.folder import Bundle, is_bundle
 from engine.bundle.manifest import ClassifierEntry, NetworkEntry, Networks, PlanEntry
 from engine.checkpoints.facts import facts_from_arguments, facts_from_items
 from engine.checkpoints.load import load_checkpoint

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.backends.trt.trt_library import PIP_LINES, RTX
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.file_names import CLASSIFIER, onnx_name
-from engine.bundle.folder import Bundle
 from engine.bundle.manifest import PlanEntry
 from engine.checkpoints.types import Checkpoint
 from engine.errors import ExportError

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from engine.checkpoints.facts import Facts
 from engine.checkpoints.families.diffusers import translate
-from engine.checkpoints.folder import FolderContent
 from engine.checkpoints.load import load_checkpoint
+from engine.checkpoints.model_folder import FolderContent
 from engine.cli.command import run_command
 from engine.errors import MissingPackageError
 from engine.files import atomic_folder

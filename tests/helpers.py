@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.__main__ import main
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.manifest import ClassifierEntry, Manifest, NetworkEntry, Networks
 from engine.diffusion.prediction import Diffusion, Variance
 from engine.diffusion.schedule import cosine_schedule

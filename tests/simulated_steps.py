@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from torch import Tensor
 
-from benchmarks.core.subject import reference_network
+from benchmarks.core.measured_network import reference_network
 from engine.backends.eager.eager_backend import EagerBackend
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.networks.inputs import UNCONDITIONED, Conditions
 
 STEP_MS = 10.0
@@ -63,7 +63,7 @@ class SimulatedBackend(EagerBackend):
 
 
 def opener_of(machine: SimulatedMachine, faults: Mapping[tuple[str, str], Mapping]) -> Callable:
-    """In place of benchmarks.core.subject.open_variants: every variant of `faults`, with its faults."""
+    """In place of benchmarks.core.measured_network.open_variants: every variant of `faults`, with its faults."""
 
     def opener(bundle, names, threads):
         return {

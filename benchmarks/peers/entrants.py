@@ -16,7 +16,7 @@ from benchmarks.peers.ddim_loop import SCALE, Task, classifier_gradient, timeste
 from benchmarks.peers.diffusers_pipeline import open_pipeline
 from benchmarks.peers.libraries import LibraryNetwork
 from benchmarks.peers.lucidrains_package import open_package
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.checkpoints.load import load_checkpoint
 from engine.diffusion.prediction import Diffusion
 from engine.errors import BackendError, BundleError, RequestError

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.core.environment import cpu
 from benchmarks.peers.ddim_loop import NetworkCall
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.manifest import Manifest, NetworkEntry, Networks
 from engine.errors import BackendError, ExportError, MissingPackageError
 from engine.networks.config import UNetConfig

@@ -23,16 +23,16 @@ from torch import Tensor
 
 from benchmarks.core.environment import environment
 from benchmarks.core.harness import check_least, choose, make_parser, run_benchmark
+from benchmarks.core.measured_network import describe_bundle, reference_network
 from benchmarks.core.pictures import draw_peers
 from benchmarks.core.report import Check, Comparison, Missing, Report, Row, Value
 from benchmarks.core.stats import LEAST_ROUNDS, paired_ratio, spread
-from benchmarks.core.subject import describe_bundle, reference_network
 from benchmarks.core.timing import Series, Variant, interleave
 from benchmarks.peers import ddim_loop
 from benchmarks.peers.contender import Contender, Entrant
 from benchmarks.peers.ddim_loop import SCALE, Task
 from benchmarks.peers.entrants import OURS, Subject, check_checkpoint, entrants_of, ours, read_classifier
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.errors import BackendError, RequestError, UNetRTError
 from engine.threads import torch_threads
 from judging.metrics import psnr

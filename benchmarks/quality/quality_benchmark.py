@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 from benchmarks.core.environment import environment
 from benchmarks.core.harness import check_least, make_parser, parse_numbers, run_benchmark
+from benchmarks.core.measured_network import Name, describe_bundle, open_variants, parse_names
 from benchmarks.core.pictures import REAL, draw_quality
 from benchmarks.core.report import Check, Missing, Report, Row
-from benchmarks.core.subject import Name, describe_bundle, open_variants, parse_names
 from benchmarks.quality.cells import Cell, ImageRequest, bound_row, classes_in_turn, make_cell, samples_row, save_cell
 from benchmarks.quality.image_checks import cell_checks, finite_check, likelihood_check
 from engine.backends.registry import variants
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.errors import BackendError, RequestError
 from engine.sampling.sampler import Sampler
 from judging.image_sets import ImageSet, in_turn, read_images

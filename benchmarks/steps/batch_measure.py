@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from benchmarks.core.measured_network import RealInputs
 from benchmarks.core.stats import LEAST_ROUNDS, spread
-from benchmarks.core.subject import RealInputs
 from benchmarks.core.timing import Clock, Series, Variant, interleave, on_stream, wall_ms
 from benchmarks.steps.slot_loop import StepKind, StepNetwork, network_call, slot_loop
 from engine.device import Device

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.core.subject import Name, parse_names
+from benchmarks.core.measured_network import Name, parse_names
 from benchmarks.steps.slot_loop import SAMPLERS, StepKind, StepNetwork, slot_loop
 from engine.backends.registry import open_backend
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.cli.command import run_command
 from engine.errors import BackendError, RequestError
 from engine.sampling.sampler import Sampler

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.core.subject import RealInputs
+from benchmarks.core.measured_network import RealInputs
 from engine.backends.protocol import is_capturable
 from engine.device import Device, cuda_device
 from engine.diffusion.guidance import ClassifierGuidance

@@ -10,7 +10,7 @@ import torch
 from engine.backends import eager, native, ort, ov, trt
 from engine.backends.protocol import Backend, BackendModule, GuideModule, OpenedGuide
 from engine.backends.requirements import classifier_config
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.errors import BackendError
 
 logger = logging.getLogger(__name__)

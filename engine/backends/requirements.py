@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.errors import BundleError
 from engine.networks.config import ClassifierConfig
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.checkpoints.facts import make_facts
-from engine.checkpoints.families.registry import FAMILIES
-from engine.checkpoints.folder import FolderContent, read_folder
+from engine.checkpoints.families.translators import FAMILIES
+from engine.checkpoints.model_folder import FolderContent, read_folder
 from engine.checkpoints.reading import read_file
 from engine.checkpoints.types import Checkpoint
 from engine.checkpoints.unwrapping import without_wrappers

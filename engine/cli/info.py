@@ -7,12 +7,12 @@ import json
 from collections import Counter
 from typing import Any
 
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.file_names import UNET
-from engine.bundle.folder import Bundle
 from engine.bundle.manifest import Manifest, Measurement
 from engine.checkpoints.facts import facts_from_arguments, flag
-from engine.checkpoints.folder import is_model_folder
 from engine.checkpoints.load import load_checkpoint
+from engine.checkpoints.model_folder import is_model_folder
 from engine.checkpoints.types import Checkpoint
 from engine.cli.command import table
 from engine.diffusion.prediction import Diffusion

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.backends.protocol import Backend
 from engine.backends.registry import open_backend, open_guide
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.diffusion.guidance import ClassifierGuidance, Guide
 from engine.diffusion.ladder import Steps
 from engine.diffusion.noise import NOISE, NoiseSource, normal

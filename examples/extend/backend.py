@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.file_names import UNET, onnx_name
-from engine.bundle.folder import Bundle
 from engine.bundle.manifest import Manifest
 from engine.errors import BackendError
 from engine.networks.inputs import UNCONDITIONED, Conditions, Inputs

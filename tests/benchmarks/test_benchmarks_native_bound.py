@@ -15,7 +15,7 @@ from benchmarks.native_bound import find_part, part_program
 from engine.backends.native.lowering import build_program
 from engine.backends.native.native_backend import NativeBackend
 from engine.backends.native.program import Code
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from kernels.native import library
 
 pytestmark = pytest.mark.skipif(library.reason_against() is not None, reason="no CPU engine here")

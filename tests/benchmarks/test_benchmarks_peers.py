@@ -33,7 +33,7 @@ from benchmarks.peers.entrants import OURS, Subject, check_checkpoint, entrants_
 from benchmarks.peers.libraries import LibraryNetwork
 from benchmarks.peers.peer_benchmark import Measured, main, make_comparisons, same_images
 from engine.backends.eager.eager_backend import EagerBackend
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.from_checkpoint import checkpoint_manifest
 from engine.bundle.manifest import ClassifierEntry, Manifest, NetworkEntry, Networks
 from engine.checkpoints.load import load_checkpoint

@@ -15,14 +15,14 @@ from report_cases import check_schema
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.core import subject
+from benchmarks.core import measured_network as subject
 from benchmarks.core.pictures import round_ticks
 from benchmarks.core.report import EXIT_RED
 from benchmarks.quality import quality_benchmark as quality
 from benchmarks.quality.image_checks import accuracy_check, frechet_check
 from engine import load_checkpoint
 from engine.backends.protocol import Backend
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.from_checkpoint import checkpoint_manifest
 from engine.errors import BackendError
 from engine.networks.inputs import UNCONDITIONED, Conditions

@@ -19,9 +19,9 @@ from report_cases import check_schema
 from simulated_steps import SimulatedMachine, opener_of
 
 from benchmarks import step_latency
+from benchmarks.core.measured_network import real_inputs
 from benchmarks.core.pictures import draw_step_latency
 from benchmarks.core.report import Row, read_report
-from benchmarks.core.subject import real_inputs
 from benchmarks.core.timing import Series, Variant, interleave, on_stream
 from benchmarks.step_latency import main
 from benchmarks.steps import batch_measure, peak_memory, slot_loop
@@ -29,7 +29,7 @@ from benchmarks.steps.batch_measure import Measured, measure_batch, reason_again
 from benchmarks.steps.peak_memory import in_child, resident_bytes
 from benchmarks.steps.slot_loop import StepKind, StepNetwork
 from engine.backends.eager.eager_backend import EagerBackend
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.diffusion.guidance import ClassifierGuidance
 from engine.errors import BackendError, RequestError
 from engine.networks import config as c

@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 
 from engine import load_checkpoint
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.file_names import UNET, weights_name
-from engine.bundle.folder import Bundle
 from engine.bundle.from_checkpoint import checkpoint_manifest
 from export.weights import save_weights
 

@@ -9,8 +9,8 @@ import torch
 
 from engine import BackendError, Sampler, UnknownFamilyError, load_checkpoint
 from engine.backends.ort.ort_backend import OrtBackend
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.file_names import UNET, onnx_name
-from engine.bundle.folder import Bundle
 from engine.bundle.from_checkpoint import checkpoint_manifest
 from engine.checkpoints import load
 from export.to_onnx import export_onnx

@@ -22,8 +22,8 @@ import export.verify
 from engine import Sampler, load_checkpoint, open_backend
 from engine.backends.native.byte_ranges import read_ranges
 from engine.backends.protocol import Backend
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.file_names import MANIFEST, UNET, onnx_name, ranges_name, weights_name
-from engine.bundle.folder import Bundle
 from engine.checkpoints.types import Checkpoint
 from engine.errors import ExportError, OutputError
 from engine.networks.classifier import Classifier

@@ -20,8 +20,8 @@ from engine.backends.native.native_guide import NativeGuide
 from engine.backends.ort.ort_backend import OrtGuide
 from engine.backends.ov.ov_backend import OpenVINOGuide
 from engine.backends.registry import open_guide
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.file_names import CLASSIFIER, onnx_name, weights_name
-from engine.bundle.folder import Bundle
 from engine.bundle.manifest import ClassifierEntry
 from engine.checkpoints.types import Checkpoint
 from engine.diffusion.guidance import ClassifierGuidance

@@ -16,7 +16,7 @@ import export.onnx.onnx_file
 from engine import load_checkpoint
 from engine.backends.ort.ort_backend import OrtBackend
 from engine.backends.ov.ov_backend import OpenVINOBackend
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.manifest import FileEntry, Manifest, Measurement, NetworkEntry, Networks, PlanEntry
 from engine.diffusion.prediction import Diffusion
 from engine.diffusion.schedule import linear_schedule

@@ -11,7 +11,7 @@ from helpers import random_network
 
 from engine.__main__ import main as engine_main
 from engine.backends.ov.ov_backend import has_bf16
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.networks.config import ResBlock, UNetConfig
 from export import to_trt
 from recipes.digits_net import digits_unet

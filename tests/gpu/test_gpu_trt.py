@@ -12,7 +12,7 @@ from benchmarks import gpu_parts
 from engine.backends.registry import open_backend, open_guide
 from engine.backends.trt.trt_backend import TrtBackend, TrtGuide
 from engine.backends.trt.trt_library import find_plans
-from engine.bundle.folder import Bundle, is_bundle
+from engine.bundle.bundle_folder import Bundle, is_bundle
 from engine.diffusion.guidance import ClassifierGuidance
 from engine.errors import BackendError
 from engine.sampling.sampler import Sampler

@@ -6,8 +6,8 @@ import torch
 
 from engine.backends.eager.eager_backend import EagerBackend
 from engine.backends.requirements import missing_file
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.file_names import UNET, weights_name
-from engine.bundle.folder import Bundle
 
 NAME = EagerBackend.name
 LIBRARIES: tuple[str, ...] = ()

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from engine.backends.protocol import Backend
 from engine.backends.requirements import classifier_config, missing_file
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.file_names import CLASSIFIER, UNET, ranges_name, weights_name
-from engine.bundle.folder import Bundle
 
 if TYPE_CHECKING:
     from engine.backends.native.native_backend import NativeBackend

@@ -19,8 +19,8 @@ from engine.backends.native.lowering import build_program
 from engine.backends.native.program import FORMAT, Program
 from engine.backends.native.time_rows import PREFIX, TimeRows
 from engine.backends.native.weight_cache import Content, Key, load_or_pack
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.file_names import UNET, ranges_name, weights_name
-from engine.bundle.folder import Bundle
 from engine.bundle.manifest import Manifest
 from engine.errors import BackendError
 from engine.networks.config import ClassifierConfig, UNetConfig

@@ -22,8 +22,8 @@ from engine.backends.native.program import Program
 from engine.backends.native.time_rows import TimeRows
 from engine.backends.native.transpose import transpose
 from engine.backends.native.weight_cache import Content
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.file_names import CLASSIFIER, weights_name
-from engine.bundle.folder import Bundle
 from engine.errors import BackendError
 from engine.networks.config import ClassifierConfig
 from kernels.native.library import Engine, Isa, NativeError, Network

@@ -5,8 +5,8 @@ from __future__ import annotations
 from engine.backends.ort.ort_backend import OrtBackend, OrtGuide
 from engine.backends.protocol import Backend
 from engine.backends.requirements import classifier_config, missing_file, missing_package
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.file_names import CLASSIFIER, UNET, onnx_name
-from engine.bundle.folder import Bundle
 
 NAME = OrtBackend.name
 LIBRARIES: tuple[str, ...] = ("onnxruntime", "onnxruntime-gpu")

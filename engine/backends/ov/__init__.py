@@ -5,8 +5,8 @@ from __future__ import annotations
 from engine.backends.ov.ov_backend import HINTS, OpenVINOBackend, OpenVINOGuide
 from engine.backends.protocol import Backend
 from engine.backends.requirements import classifier_config, missing_file, missing_package
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.file_names import CLASSIFIER, UNET, onnx_name
-from engine.bundle.folder import Bundle
 
 NAME = OpenVINOBackend.name
 LIBRARIES: tuple[str, ...] = ("openvino",)

@@ -6,7 +6,7 @@ from engine.backends.protocol import Backend
 from engine.backends.requirements import classifier_config
 from engine.backends.trt.trt_backend import TrtBackend, TrtGuide
 from engine.backends.trt.trt_library import PREFERRED, find_plans
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.errors import BackendError
 
 NAME = TrtBackend.name

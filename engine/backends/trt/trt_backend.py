@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.backends.trt.trt_library import REBUILD, Library, Plans, cache_folder, find_plans
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.manifest import Manifest, PlanEntry
 from engine.device import Device, Stream, cuda_device
 from engine.errors import BackendError, OutputError

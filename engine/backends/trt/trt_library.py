@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from engine.backends.trt.trt_log import process_log
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.manifest import PlanEntry
 from engine.device import no_gpu
 from engine.errors import BackendError

@@ -1,6 +1,7 @@
 """diffusers folders with a UNet2DModel: the JSON files say everything.
 
-A pipeline folder has unet/ and scheduler/, a model folder has config.json and weights; see engine.checkpoints.folder.
+A pipeline folder has unet/ and scheduler/, a model folder has config.json and weights; see
+engine.checkpoints.model_folder.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from engine.checkpoints.families.diffusers_options import Options
 from engine.checkpoints.families.diffusers_schedule import assumed_scheduler, read_scheduler
 from engine.checkpoints.families.diffusers_unet import Layout, read_unet
 from engine.checkpoints.families.state_dict import StateDict
-from engine.checkpoints.folder import FolderContent
+from engine.checkpoints.model_folder import FolderContent
 from engine.checkpoints.types import Assumptions, Translation
 from engine.errors import CheckpointError
 from engine.networks import config as c

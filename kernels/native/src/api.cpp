@@ -7,13 +7,13 @@
 #include "engine.h"
 #include "error.h"
 #include "isa.h"
+#include "layout.h"
 #include "pack.h"
-#include "plan.h"
 #include "program.h"
 #include "unetrt_native.h"
 
 struct unetrt_network {
-    std::shared_ptr<const unetrt::Plan> plan;
+    std::shared_ptr<const unetrt::Layout> layout;
 };
 
 struct unetrt_engine {
@@ -37,7 +37,7 @@ Result guard(Result failed, Call call) noexcept {
     return failed;
 }
 
-uint64_t packed_bytes(const unetrt::Plan& plan) { return static_cast<uint64_t>(plan.packed) * sizeof(float); }
+uint64_t packed_bytes(const unetrt::Layout& layout) { return static_cast<uint64_t>(layout.packed) * sizeof(float); }
 
 void require_count(const char* what, uint64_t got, uint64_t expected) {
     if (got == expected) return;
@@ -45,8 +45,8 @@ void require_count(const char* what, uint64_t got, uint64_t expected) {
                         "; they belong to another network");
 }
 
-const float* require_packed(const unetrt::Plan& plan, const void* packed, uint64_t bytes) {
-    require_count("bytes of packed weights", bytes, packed_bytes(plan));
+const float* require_packed(const unetrt::Layout& layout, const void* packed, uint64_t bytes) {
+    require_count("bytes of packed weights", bytes, packed_bytes(layout));
     const bool is_aligned = reinterpret_cast<uintptr_t>(packed) % 64 == 0;
     if (bytes > 0 && !is_aligned) throw unetrt::Error("packed weights are not 64-byte aligned");
     return static_cast<const float*>(packed);
@@ -63,41 +63,41 @@ int unetrt_best_isa(int precision) { return unetrt::best_isa(precision); }
 unetrt_network* unetrt_network_create(const int32_t* words, uint64_t count, int isa) {
     return guard<unetrt_network*>(nullptr, [&] {
         const unetrt::Kernels& kernels = unetrt::kernels_for(isa);
-        auto plan =
-            std::make_shared<const unetrt::Plan>(unetrt::make_plan(unetrt::read_program(words, count), kernels));
-        return new unetrt_network{std::move(plan)};
+        auto layout =
+            std::make_shared<const unetrt::Layout>(unetrt::make_layout(unetrt::read_program(words, count), kernels));
+        return new unetrt_network{std::move(layout)};
     });
 }
 
 void unetrt_network_destroy(unetrt_network* network) { delete network; }
 
-uint64_t unetrt_network_packed_bytes(const unetrt_network* network) { return packed_bytes(*network->plan); }
+uint64_t unetrt_network_packed_bytes(const unetrt_network* network) { return packed_bytes(*network->layout); }
 
 int unetrt_network_pack(const unetrt_network* network, const float* weights, uint64_t count, void* packed,
                         uint64_t bytes) {
     return guard(1, [&] {
-        require_count("weights", count, static_cast<uint64_t>(network->plan->weights));
-        require_count("bytes of packed weights", bytes, packed_bytes(*network->plan));
-        unetrt::pack_weights(*network->plan, weights, static_cast<float*>(packed));
+        require_count("weights", count, static_cast<uint64_t>(network->layout->weights));
+        require_count("bytes of packed weights", bytes, packed_bytes(*network->layout));
+        unetrt::pack_weights(*network->layout, weights, static_cast<float*>(packed));
         return 0;
     });
 }
 
 unetrt_engine* unetrt_engine_create(const unetrt_network* network, const void* packed, uint64_t bytes, int threads) {
     return guard<unetrt_engine*>(nullptr, [&] {
-        const float* weights = require_packed(*network->plan, packed, bytes);
+        const float* weights = require_packed(*network->layout, packed, bytes);
         if (threads < 1 || threads > 1024) {
             throw unetrt::Error("threads are " + std::to_string(threads) + "; expected 1 to 1024");
         }
-        return new unetrt_engine{{network->plan, weights, std::make_shared<unetrt::Pool>(threads)}};
+        return new unetrt_engine{{network->layout, weights, std::make_shared<unetrt::Pool>(threads)}};
     });
 }
 
 unetrt_engine* unetrt_engine_create_beside(const unetrt_network* network, const void* packed, uint64_t bytes,
                                            const unetrt_engine* other) {
     return guard<unetrt_engine*>(nullptr, [&] {
-        const float* weights = require_packed(*network->plan, packed, bytes);
-        return new unetrt_engine{{network->plan, weights, other->engine.pool()}};
+        const float* weights = require_packed(*network->layout, packed, bytes);
+        return new unetrt_engine{{network->layout, weights, other->engine.pool()}};
     });
 }
 

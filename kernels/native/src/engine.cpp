@@ -34,14 +34,14 @@ Floats::Floats(int64_t count) {
     std::memset(data_.get(), 0, size);
 }
 
-Engine::Engine(std::shared_ptr<const Plan> plan, const float* packed, std::shared_ptr<Pool> pool)
-    : plan_(std::move(plan)), packed_(packed), pool_(std::move(pool)) {}
+Engine::Engine(std::shared_ptr<const Layout> layout, const float* packed, std::shared_ptr<Pool> pool)
+    : layout_(std::move(layout)), packed_(packed), pool_(std::move(pool)) {}
 
 void Engine::run(int batch, const float* x, const float* rows, float* out, double* seconds) {
     if (batch < 1 || batch > kMostBatch) {
         throw Error("the batch is " + std::to_string(batch) + "; expected 1 to " + std::to_string(kMostBatch));
     }
-    if (x == nullptr || out == nullptr || (rows == nullptr && plan_->row_width > 0)) {
+    if (x == nullptr || out == nullptr || (rows == nullptr && layout_->row_width > 0)) {
         throw Error("x, out or rows is NULL; give them all");
     }
     const std::lock_guard lock(mutex_);
@@ -57,8 +57,8 @@ void Engine::run(int batch, const float* x, const float* rows, float* out, doubl
 // Tasks know where the maps lie, so that a larger arena makes them anew.
 void Engine::make_room(int batch) {
     if (batch <= most_) return;
-    if (plan_->arena > kMostFloats / batch) throw std::bad_alloc();
-    const Memory memory = count_memory(*plan_, batch);
+    if (layout_->arena > kMostFloats / batch) throw std::bad_alloc();
+    const Memory memory = count_memory(*layout_, batch);
     bound_.clear();
     most_ = 0;
     for (Floats* floats : {&maps_, &rows_, &statistics_, &shared_, &scratch_}) *floats = Floats();
@@ -78,14 +78,14 @@ const Bound& Engine::find_bound(int batch) {
     const auto known = bound_.find(batch);
     if (known != bound_.end()) return known->second;
     const Places places{packed_, maps_.data(), rows_.data(), statistics_.data(), shared_.data(), &request_};
-    return bound_.emplace(batch, bind(*plan_, batch, pool_->threads(), places)).first->second;
+    return bound_.emplace(batch, bind(*layout_, batch, pool_->threads(), places)).first->second;
 }
 
 void Engine::pad_rows(int batch, const float* rows) {
     for (int n = 0; n < batch; ++n)
-        for (const RowCopy& copy : plan_->rows) {
-            const float* from = rows + static_cast<int64_t>(n) * plan_->row_width + copy.column;
-            float* to = rows_.data() + n * plan_->padded_rows + copy.padded;
+        for (const RowCopy& copy : layout_->rows) {
+            const float* from = rows + static_cast<int64_t>(n) * layout_->row_width + copy.column;
+            float* to = rows_.data() + n * layout_->padded_rows + copy.padded;
             std::memcpy(to, from, static_cast<size_t>(copy.count) * sizeof(float));
         }
 }

@@ -5,7 +5,7 @@
 #include <memory>
 #include <mutex>
 
-#include "plan.h"
+#include "layout.h"
 #include "pool.h"
 #include "steps.h"
 
@@ -24,16 +24,16 @@ class Floats {
     std::unique_ptr<float, Free> data_;
 };
 
-// A plan with its weights and memory, and threads that other engines may use too; calls from several threads run one
+// A layout with its weights and memory, and threads that other engines may use too; calls from several threads run one
 // after the other.
 class Engine {
   public:
-    Engine(std::shared_ptr<const Plan> plan, const float* packed, std::shared_ptr<Pool> pool);
+    Engine(std::shared_ptr<const Layout> layout, const float* packed, std::shared_ptr<Pool> pool);
 
     // See unetrt_engine_run and, where seconds is not null, unetrt_engine_profile; raises Error, or std::bad_alloc where
     // the batch does not fit.
     void run(int batch, const float* x, const float* rows, float* out, double* seconds);
-    int32_t operators() const { return plan_->operator_count; }
+    int32_t operators() const { return layout_->operator_count; }
     const std::shared_ptr<Pool>& pool() const { return pool_; }
 
   private:
@@ -41,7 +41,7 @@ class Engine {
     const Bound& find_bound(int batch);
     void pad_rows(int batch, const float* rows);
 
-    const std::shared_ptr<const Plan> plan_;
+    const std::shared_ptr<const Layout> layout_;
     const float* packed_;
     std::mutex mutex_;
     Floats maps_, rows_, statistics_, shared_, scratch_;

@@ -89,9 +89,9 @@ void pack_fours(const ConvStep& step, const Tap& tap, const float* weights, cons
 
 // Sources hold bytes q for (q - zero) * scale, so that a sum of weight levels w stands for
 // (sum(q w) - zero sum(w)) * scale * the channel's own scale.
-void pack_conv_of_bytes(const Plan& plan, const ConvStep& step, const float* weights, float* packed) {
-    const PlanMap& source = plan.maps[static_cast<size_t>(step.taps.front().map)];
-    const int32_t padded = round_up(step.out_channels, plan.kernels->panel);
+void pack_conv_of_bytes(const Layout& layout, const ConvStep& step, const float* weights, float* packed) {
+    const PlacedMap& source = layout.maps[static_cast<size_t>(step.taps.front().map)];
+    const int32_t padded = round_up(step.out_channels, layout.kernels->panel);
     std::vector<float> scales(static_cast<size_t>(padded));
     std::vector<int32_t> sums(static_cast<size_t>(padded));
     for (int32_t o = 0; o < step.out_channels; ++o) {
@@ -99,10 +99,10 @@ void pack_conv_of_bytes(const Plan& plan, const ConvStep& step, const float* wei
         packed[step.factors + o] = scales[static_cast<size_t>(o)] * source.scale;
     }
     auto* panel = reinterpret_cast<int8_t*>(packed + step.weights);
-    for (int32_t first = 0; first < padded; first += plan.kernels->panel)
+    for (int32_t first = 0; first < padded; first += layout.kernels->panel)
         for (const Tap& tap : step.taps)
             for (int32_t c = 0; c < tap.channels; c += kBytesBlock)
-                for (int32_t o = first; o < first + plan.kernels->panel;
+                for (int32_t o = first; o < first + layout.kernels->panel;
                      o += kHalfPanel, panel += kHalfPanel * kBytesBlock) {
                     pack_fours(step, tap, weights, scales.data(), o, c, panel, sums.data());
                 }
@@ -125,18 +125,18 @@ void pack_conv(const ConvStep& step, const Kernels& kernels, const float* weight
 
 }  // namespace
 
-void pack_weights(const Plan& plan, const float* weights, float* packed) {
-    std::fill(packed, packed + plan.packed, 0.0f);
-    for (const Step& step : plan.steps) {
+void pack_weights(const Layout& layout, const float* weights, float* packed) {
+    std::fill(packed, packed + layout.packed, 0.0f);
+    for (const Step& step : layout.steps) {
         const auto* conv = std::get_if<ConvStep>(&step);
         if (conv == nullptr) continue;
         if (conv->factors == -1) {
-            pack_conv(*conv, *plan.kernels, weights, packed);
+            pack_conv(*conv, *layout.kernels, weights, packed);
         } else {
-            pack_conv_of_bytes(plan, *conv, weights, packed);
+            pack_conv_of_bytes(layout, *conv, weights, packed);
         }
     }
-    for (const PackedVector& vector : plan.vectors) {
+    for (const PackedVector& vector : layout.vectors) {
         for (int32_t i = 0; vector.place != -1 && i < vector.count; ++i) {
             packed[vector.packed + i] += weights[vector.place + i];
         }

@@ -1,11 +1,11 @@
 #pragma once
 
-#include "plan.h"
+#include "layout.h"
 
 namespace unetrt {
 
-// The weights of a program in the order in which the plan's kernels read them. weights: plan.weights floats; packed:
-// plan.packed floats.
-void pack_weights(const Plan& plan, const float* weights, float* packed);
+// The weights of a program in the order in which the layout's kernels read them. weights: layout.weights floats; packed:
+// layout.packed floats.
+void pack_weights(const Layout& layout, const float* weights, float* packed);
 
 }  // namespace unetrt

@@ -13,20 +13,20 @@ constexpr int32_t kItemsAThread = 8;
 
 class Binder {
   public:
-    Binder(const Plan& plan, int32_t batch, int threads, const Places& places)
-        : plan_(plan), kernels_(*plan.kernels), batch_(batch), threads_(threads), places_(places) {}
+    Binder(const Layout& layout, int32_t batch, int threads, const Places& places)
+        : layout_(layout), kernels_(*layout.kernels), batch_(batch), threads_(threads), places_(places) {}
 
     Bound bind() {
-        for (size_t i = 0; i < plan_.steps.size(); ++i) {
-            std::visit([this](const auto& step) { add(step); }, plan_.steps[i]);
-            bound_.operators.resize(bound_.tasks.size(), plan_.operators[i]);
+        for (size_t i = 0; i < layout_.steps.size(); ++i) {
+            std::visit([this](const auto& step) { add(step); }, layout_.steps[i]);
+            bound_.operators.resize(bound_.tasks.size(), layout_.operators[i]);
         }
         return std::move(bound_);
     }
 
     // The same without places: what the steps ask for.
     Memory measure() {
-        for (const Step& step : plan_.steps) {
+        for (const Step& step : layout_.steps) {
             if (const auto* norm = std::get_if<NormStep>(&step)) {
                 shared_ = std::max(shared_, kernels_.norm_workspace(norm_args(*norm)));
             } else if (const auto* attention = std::get_if<AttentionStep>(&step)) {
@@ -45,14 +45,14 @@ class Binder {
                 scratch_ = std::max(scratch_, kernels_.classify_scratch(classify_args(*classify)));
             }
         }
-        return {(plan_.arena * batch_ + kSlackLines) * kLineFloats, plan_.padded_rows * batch_,
-                plan_.statistics * batch_, shared_, scratch_};
+        return {(layout_.arena * batch_ + kSlackLines) * kLineFloats, layout_.padded_rows * batch_,
+                layout_.statistics * batch_, shared_, scratch_};
     }
 
   private:
     Map map(int32_t index) const {
         if (index == -1) return Map{};
-        const PlanMap& m = plan_.maps[static_cast<size_t>(index)];
+        const PlacedMap& m = layout_.maps[static_cast<size_t>(index)];
         float* data = places_.maps == nullptr ? nullptr : places_.maps + m.offset * batch_ * kLineFloats;
         return {data, m.channels, m.height, m.width, m.border, batch_, m.block};
     }
@@ -71,7 +71,7 @@ class Binder {
 
     float* statistics(int32_t map) const {
         if (map == -1 || places_.statistics == nullptr) return nullptr;
-        return places_.statistics + plan_.maps[static_cast<size_t>(map)].statistics * batch_;
+        return places_.statistics + layout_.maps[static_cast<size_t>(map)].statistics * batch_;
     }
 
     template <typename Args>
@@ -119,7 +119,7 @@ class Binder {
         args.factors = packed(step.factors);
         args.bias = packed(step.bias);
         args.rows = rows(step.row);
-        args.row_stride = plan_.padded_rows;
+        args.row_stride = layout_.padded_rows;
         args.dst = map(step.dst);
         args.height = step.height;
         args.width = step.width;
@@ -142,7 +142,7 @@ class Binder {
         args.add = map(step.add);
         args.scale = step.scale;
         args.eps = step.eps;
-        const PlanMap& dst = plan_.maps[static_cast<size_t>(step.dst)];
+        const PlacedMap& dst = layout_.maps[static_cast<size_t>(step.dst)];
         args.steps = dst.scale > 0 ? 1 / dst.scale : 0;
         args.zero = dst.zero;
         args.kind = step.kind;
@@ -151,7 +151,7 @@ class Binder {
         args.weight = packed(step.weight);
         args.bias = packed(step.bias);
         args.rows = rows(step.row);
-        args.row_stride = plan_.padded_rows;
+        args.row_stride = layout_.padded_rows;
         if (step.kind == UNETRT_GROUP) {
             for (int i = 0; i < 2; ++i) args.statistics[i] = statistics(step.src[i]);
         }
@@ -224,15 +224,15 @@ class Binder {
     }
 
     ClassifyArgs classify_args(const ClassifyStep& step) const {
-        return {map(step.src),     map(step.dst),  step.classes,      packed(step.weight),
-                packed(step.bias), rows(step.row), plan_.padded_rows, nullptr};
+        return {map(step.src),     map(step.dst),  step.classes,        packed(step.weight),
+                packed(step.bias), rows(step.row), layout_.padded_rows, nullptr};
     }
 
     void add(const ClassifyStep& step) {
         const ClassifyArgs args = classify_args(step);
         const Request* request = places_.request;
         const auto kernel = kernels_.classify;
-        const int64_t behind = plan_.output_floats * batch_;
+        const int64_t behind = layout_.output_floats * batch_;
         const auto run = [=](int item, float* scratch) {
             ClassifyArgs now = args;
             now.log_p = request->out + behind;
@@ -267,7 +267,7 @@ class Binder {
         bound_.tasks.push_back({kernels_.planar_items({nullptr, m}), run});
     }
 
-    const Plan& plan_;
+    const Layout& layout_;
     const Kernels& kernels_;
     const int32_t batch_;
     const int threads_;
@@ -278,10 +278,10 @@ class Binder {
 
 }  // namespace
 
-Memory count_memory(const Plan& plan, int32_t batch) { return Binder(plan, batch, 1, {}).measure(); }
+Memory count_memory(const Layout& layout, int32_t batch) { return Binder(layout, batch, 1, {}).measure(); }
 
-Bound bind(const Plan& plan, int32_t batch, int threads, const Places& places) {
-    return Binder(plan, batch, threads, places).bind();
+Bound bind(const Layout& layout, int32_t batch, int threads, const Places& places) {
+    return Binder(layout, batch, threads, places).bind();
 }
 
 }  // namespace unetrt

@@ -1,10 +1,10 @@
-// A plan's steps as tasks, for one batch and one place of its maps.
+// A layout's steps as tasks, for one batch and one place of its maps.
 #pragma once
 
 #include <memory>
 #include <vector>
 
-#include "plan.h"
+#include "layout.h"
 #include "pool.h"
 
 namespace unetrt {
@@ -15,12 +15,12 @@ struct Request {
     float* out;
 };
 
-// Floats that a plan needs for a batch besides the packed weights. scratch: for each thread.
+// Floats that a layout needs for a batch besides the packed weights. scratch: for each thread.
 struct Memory {
     int64_t maps, rows, statistics, shared, scratch;
 };
 
-// Where they are; rows: [batch][plan.padded_rows]. shared: workspace of one step at a time.
+// Where they are; rows: [batch][layout.padded_rows]. shared: workspace of one step at a time.
 struct Places {
     const float* packed;
     float* maps;
@@ -37,8 +37,8 @@ struct Bound {
     std::vector<std::unique_ptr<std::vector<Segment>>> segments;
 };
 
-Memory count_memory(const Plan& plan, int32_t batch);
+Memory count_memory(const Layout& layout, int32_t batch);
 
-Bound bind(const Plan& plan, int32_t batch, int threads, const Places& places);
+Bound bind(const Layout& layout, int32_t batch, int threads, const Places& places);
 
 }  // namespace unetrt

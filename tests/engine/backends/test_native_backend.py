@@ -21,7 +21,7 @@ from engine.backends.native.lowering import build_program
 from engine.backends.native.native_backend import NativeBackend
 from engine.backends.native.program import Builder, Code, Operator
 from engine.backends.registry import open_backend
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.errors import BackendError
 from engine.networks import config as c
 from engine.networks.inputs import Conditions, Inputs

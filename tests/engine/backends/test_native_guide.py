@@ -20,8 +20,8 @@ from engine.backends.native.native_backend import NativeBackend
 from engine.backends.native.native_guide import NativeGuide, build_gradient, unsupported
 from engine.backends.native.program import Form
 from engine.backends.registry import open_guide
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.file_names import CLASSIFIER, weights_name
-from engine.bundle.folder import Bundle
 from engine.bundle.manifest import ClassifierEntry
 from engine.errors import BackendError
 from engine.networks import config as c

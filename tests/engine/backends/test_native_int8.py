@@ -22,8 +22,8 @@ from engine.backends.native.lowering import build_program
 from engine.backends.native.native_backend import NativeBackend
 from engine.backends.native.program import Builder, Code, MapShape, Operator, Program
 from engine.backends.registry import open_backend
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.file_names import UNET, ranges_name
-from engine.bundle.folder import Bundle
 from engine.errors import BackendError, ExportError
 from engine.networks import config as c
 from engine.networks.inputs import Inputs

@@ -14,8 +14,8 @@ import pytest
 import test_imports
 from helpers import FP32_OTHER_ORDER, adm_unet, random_network, tiny_manifest, write_bundle
 
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.file_names import UNET, onnx_name
-from engine.bundle.folder import Bundle
 from export.to_onnx import export_onnx
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -28,7 +28,7 @@ import torch
 from engine import BackendError, Sampler, open_backend
 from engine.__main__ import main
 from engine.backends import registry
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.networks.inputs import Conditions
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")

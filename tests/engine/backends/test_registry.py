@@ -15,7 +15,7 @@ from engine.backends.native.native_backend import NativeBackend
 from engine.backends.native.native_guide import NativeGuide
 from engine.backends.registry import BACKENDS, GUIDES, NAMES, libraries, open_backend, open_guide, preferred, variants
 from engine.backends.requirements import missing_package
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.errors import BackendError, BundleError
 
 CONFIG = adm_unet(mult=(1,), attention=())

@@ -20,7 +20,7 @@ from engine.backends.registry import open_backend, open_guide, preferred
 from engine.backends.trt.trt_backend import TrtBackend, TrtGuide
 from engine.backends.trt.trt_library import Library, Plans, cache_folder, find_plans, load_library
 from engine.backends.trt.trt_log import make_log
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.manifest import ClassifierEntry, PlanEntry
 from engine.device import CpuDevice, CudaDevice
 from engine.diffusion.guidance import ClassifierGuidance

@@ -597,7 +597,7 @@ def test_resumes_on_the_backends_of_a_graph(tmp_path, bundle):
     pytest.importorskip("openvino")
     from engine.backends.ort.ort_backend import OrtBackend
     from engine.backends.ov.ov_backend import OpenVINOBackend
-    from engine.bundle.folder import Bundle
+    from engine.bundle.bundle_folder import Bundle
     from export.to_onnx import export_onnx
 
     manifest, path = Bundle.open(bundle).manifest, tmp_path / "unet.onnx"

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from helpers import with_classifier, with_unet
 
+from engine.bundle.bundle_folder import Bundle, is_bundle
 from engine.bundle.file_names import MANIFEST
-from engine.bundle.folder import Bundle, is_bundle
 from engine.bundle.manifest import (
     FORMAT_VERSION,
     ClassifierEntry,

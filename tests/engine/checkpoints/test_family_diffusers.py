@@ -21,8 +21,8 @@ from engine.checkpoints.facts import Facts
 from engine.checkpoints.families import diffusers as family
 from engine.checkpoints.families.diffusers_options import Options
 from engine.checkpoints.families.diffusers_schedule import read_scheduler
-from engine.checkpoints.folder import FolderContent
 from engine.checkpoints.load import load_checkpoint
+from engine.checkpoints.model_folder import FolderContent
 from engine.checkpoints.types import Assumptions
 from engine.diffusion.ladder import visited_timesteps
 from engine.diffusion.noise import RecordedNoise

@@ -10,7 +10,7 @@ from elementwise import finished
 from helpers import adm_classifier, adm_unet, write_checkpoint
 
 from engine import ClassifierFreeGuidance, Sampler, SamplingOptions, load_checkpoint
-from engine.bundle.folder import Bundle
+from engine.bundle.bundle_folder import Bundle
 from engine.sampling.requests import Request
 from export.to_onnx import export_bundle
 

@@ -13,8 +13,8 @@ from benchmarks.core.report import Missing
 from engine.backends.ov.ov_backend import has_bf16
 from engine.backends.protocol import Backend
 from engine.backends.registry import open_backend
+from engine.bundle.bundle_folder import Bundle
 from engine.bundle.file_names import UNET, weights_name
-from engine.bundle.folder import Bundle
 from engine.checkpoints.types import build_unet
 from engine.errors import BackendError, RequestError, UNetRTError
 from engine.networks.inputs import Inputs, join_inputs

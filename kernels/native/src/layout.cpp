@@ -1,4 +1,4 @@
-#include "plan.h"
+#include "layout.h"
 
 #include <algorithm>
 #include <string>
@@ -16,36 +16,36 @@ int32_t divide_up(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
 int32_t halve_down(int32_t value) { return value >= 0 ? value / 2 : (value - 1) / 2; }
 
-class Planner {
+class LayoutMaker {
   public:
-    Planner(const Program& program, const Kernels& kernels) : program_(program), kernels_(kernels) {
-        plan_.kernels = &kernels;
-        plan_.in_channels = program.in_channels;
-        plan_.out_channels = program.out_channels;
-        plan_.row_width = program.row_width;
-        plan_.weights = program.weights;
+    LayoutMaker(const Program& program, const Kernels& kernels) : program_(program), kernels_(kernels) {
+        layout_.kernels = &kernels;
+        layout_.in_channels = program.in_channels;
+        layout_.out_channels = program.out_channels;
+        layout_.row_width = program.row_width;
+        layout_.weights = program.weights;
         for (const MapShape& map : program.maps) {
             new_map(map.channels, map.height, map.width);
-            plan_.maps.back().scale = map.scale;
-            plan_.maps.back().zero = map.zero;
+            layout_.maps.back().scale = map.scale;
+            layout_.maps.back().zero = map.zero;
             if (!map.has_bytes()) continue;
             if (!kernels.takes_pairs)
                 throw Error(std::string("instruction set ") + kernels.name + " has no bytes; take bf16");
-            plan_.maps.back().block = kBytesBlock;
+            layout_.maps.back().block = kBytesBlock;
         }
     }
 
-    Plan make() {
+    Layout make() {
         for (const unetrt_operator& op : program_.operators) {
             lower(op);
-            plan_.operators.resize(plan_.steps.size(), plan_.operator_count++);
+            layout_.operators.resize(layout_.steps.size(), layout_.operator_count++);
         }
-        for (PlanMap& map : plan_.maps) {
+        for (PlacedMap& map : layout_.maps) {
             const int64_t cells = static_cast<int64_t>(map.height + 2 * map.border) * (map.width + 2 * map.border);
             map.size = cells * divide_up(map.channels, map.block);
         }
-        plan_.arena = place_maps(plan_.maps);
-        return std::move(plan_);
+        layout_.arena = place_maps(layout_.maps);
+        return std::move(layout_);
     }
 
   private:
@@ -74,14 +74,14 @@ class Planner {
         return map(maps[0]).channels + (maps[1] == -1 ? 0 : map(maps[1]).channels);
     }
 
-    PlanMap& map(int32_t index) { return plan_.maps[static_cast<size_t>(index)]; }
+    PlacedMap& map(int32_t index) { return layout_.maps[static_cast<size_t>(index)]; }
 
     void read(int32_t index) {
-        if (index != -1) map(index).last = static_cast<int32_t>(plan_.steps.size());
+        if (index != -1) map(index).last = static_cast<int32_t>(layout_.steps.size());
     }
 
     void write(int32_t index) {
-        const auto step = static_cast<int32_t>(plan_.steps.size());
+        const auto step = static_cast<int32_t>(layout_.steps.size());
         if (map(index).first == -1) map(index).first = step;
         map(index).last = step;
     }
@@ -92,29 +92,29 @@ class Planner {
     }
 
     int32_t new_map(int32_t channels, int32_t height, int32_t width) {
-        plan_.maps.push_back({channels, height, width, 0, 0, 0, kernels_.block, 0, 0, -1, -1, -1});
-        return static_cast<int32_t>(plan_.maps.size()) - 1;
+        layout_.maps.push_back({channels, height, width, 0, 0, 0, kernels_.block, 0, 0, -1, -1, -1});
+        return static_cast<int32_t>(layout_.maps.size()) - 1;
     }
 
     int64_t reserve(int64_t floats) {
-        const int64_t place = plan_.packed;
-        plan_.packed += (floats + kLineFloats - 1) / kLineFloats * kLineFloats;
+        const int64_t place = layout_.packed;
+        layout_.packed += (floats + kLineFloats - 1) / kLineFloats * kLineFloats;
         return place;
     }
 
     int64_t pack_vector(int32_t place, int32_t count) {
         if (place == -1) return -1;
         const int64_t packed = reserve(pad_channels(count));
-        plan_.vectors.push_back({packed, place, count, pad_channels(count)});
+        layout_.vectors.push_back({packed, place, count, pad_channels(count)});
         return packed;
     }
 
     int64_t pad_row(int32_t column, int32_t count, int32_t parts) {
         if (column == -1) return -1;
-        const int64_t padded = plan_.padded_rows;
+        const int64_t padded = layout_.padded_rows;
         for (int32_t i = 0; i < parts; ++i) {
-            plan_.rows.push_back({column + i * count, count, plan_.padded_rows});
-            plan_.padded_rows += pad_channels(count);
+            layout_.rows.push_back({column + i * count, count, layout_.padded_rows});
+            layout_.padded_rows += pad_channels(count);
         }
         return padded;
     }
@@ -124,20 +124,20 @@ class Planner {
             write(index);
         } else {
             read(index);
-            plan_.output_floats = int64_t{map(index).channels} * map(index).height * map(index).width;
+            layout_.output_floats = int64_t{map(index).channels} * map(index).height * map(index).width;
         }
-        plan_.steps.push_back(PlanarStep{index, is_input});
+        layout_.steps.push_back(PlanarStep{index, is_input});
     }
 
     void add_copy(CopyStep step) {
         use({step.src[0], step.src[1], step.add}, step.dst);
-        plan_.steps.push_back(step);
+        layout_.steps.push_back(step);
     }
 
     // Both sources as one map, unless the kernels can read them as two.
     void join_uneven(int32_t (&sources)[2]) {
         if (sources[1] == -1 || map(sources[0]).channels % kernels_.block == 0) return;
-        const PlanMap first = map(sources[0]);
+        const PlacedMap first = map(sources[0]);
         const int32_t joined = new_map(first.channels + map(sources[1]).channels, first.height, first.width);
         add_copy({{sources[0], sources[1]}, joined, -1, 1.0f, false});
         sources[0] = joined;
@@ -147,15 +147,15 @@ class Planner {
     // By the convolution that writes the map whole, or by a step of its own.
     void measure(int32_t index) {
         if (index == -1 || map(index).statistics != -1) return;
-        PlanMap& measured = map(index);
-        measured.statistics = plan_.statistics;
-        plan_.statistics += int64_t{2} * measured.height * pad_channels(measured.channels);
-        auto* conv = std::get_if<ConvStep>(&plan_.steps[static_cast<size_t>(measured.first)]);
+        PlacedMap& measured = map(index);
+        measured.statistics = layout_.statistics;
+        layout_.statistics += int64_t{2} * measured.height * pad_channels(measured.channels);
+        auto* conv = std::get_if<ConvStep>(&layout_.steps[static_cast<size_t>(measured.first)]);
         if (conv != nullptr && conv->step == 1) {
             conv->measures = true;
         } else {
             read(index);
-            plan_.steps.push_back(MeasureStep{index});
+            layout_.steps.push_back(MeasureStep{index});
         }
     }
 
@@ -167,7 +167,7 @@ class Planner {
             measure(step.src[1]);
         }
         use({step.src[0], step.src[1], step.add}, step.dst);
-        plan_.steps.push_back(step);
+        layout_.steps.push_back(step);
     }
 
     NormStep start_norm(const unetrt_operator& op) {
@@ -185,12 +185,12 @@ class Planner {
         norm.src[1] = -1;
         measure(op.src[0]);
         use({op.src[0], op.src[1], op.add}, op.dst);
-        plan_.steps.push_back(NormGradientStep{norm, op.src[1]});
+        layout_.steps.push_back(NormGradientStep{norm, op.src[1]});
     }
 
     void lower_attention_gradient(const unetrt_operator& op) {
         use({op.src[0], op.src[1]}, op.dst);
-        plan_.steps.push_back(AttentionGradientStep{op.src[0], op.src[1], op.dst, op.heads, op.dim});
+        layout_.steps.push_back(AttentionGradientStep{op.src[0], op.src[1], op.dst, op.heads, op.dim});
     }
 
     void lower_tokens(const unetrt_operator& op, int32_t pixels, int32_t tokens) {
@@ -198,7 +198,7 @@ class Planner {
         const bool has_learned = !step.is_gradient && op.weight != -1;
         if (has_learned) step.learned = pack_vector(op.weight, map(tokens).channels * map(tokens).width);
         use({op.src[0]}, op.dst);
-        plan_.steps.push_back(step);
+        layout_.steps.push_back(step);
     }
 
     void lower_classify(const unetrt_operator& op) {
@@ -207,7 +207,7 @@ class Planner {
         step.bias = pack_vector(op.bias, op.groups);
         step.row = pad_row(op.row, 2, 1);
         use({op.src[0]}, op.dst);
-        plan_.steps.push_back(step);
+        layout_.steps.push_back(step);
     }
 
     void lower_attention(const unetrt_operator& op) {
@@ -215,13 +215,13 @@ class Planner {
         const int64_t learned = op.memory > 0 ? pack_vector(op.weight, floats) : -1;
         const bool is_linear = op.code == UNETRT_LINEAR_ATTENTION;
         use({op.src[0]}, op.dst);
-        plan_.steps.push_back(
+        layout_.steps.push_back(
             AttentionStep{is_linear, op.src[0], op.dst, op.heads, op.dim, op.memory, op.scale, op.eps, learned});
     }
 
     void lower_resample(const unetrt_operator& op) {
         use({op.src[0], op.add}, op.dst);
-        plan_.steps.push_back(ResampleStep{op.src[0], op.dst, op.add, op.kind, op.pad, op.scale});
+        layout_.steps.push_back(ResampleStep{op.src[0], op.dst, op.add, op.kind, op.pad, op.scale});
     }
 
     void lower_conv(const unetrt_operator& op) {
@@ -251,7 +251,7 @@ class Planner {
 
     // A convolution of bytes whose sum goes on with one of numbers: the latter first, as what is added.
     void lower_extra(unetrt_operator op) {
-        const PlanMap dst = map(op.dst);
+        const PlacedMap dst = map(op.dst);
         unetrt_operator extra = op;
         extra.dst = new_map(dst.channels, dst.height, dst.width);
         std::copy(op.extra, op.extra + 2, extra.src);
@@ -270,15 +270,15 @@ class Planner {
     int64_t pack_biases(const unetrt_operator& op) {
         const int32_t channels = map(op.dst).channels;
         const int64_t packed = reserve(pad_channels(channels));
-        plan_.vectors.push_back({packed, op.bias, op.bias == -1 ? 0 : channels, pad_channels(channels)});
+        layout_.vectors.push_back({packed, op.bias, op.bias == -1 ? 0 : channels, pad_channels(channels)});
         if (op.extra_bias != -1 && op.extra[0] != -1) {
-            plan_.vectors.push_back({packed, op.extra_bias, channels, pad_channels(channels)});
+            layout_.vectors.push_back({packed, op.extra_bias, channels, pad_channels(channels)});
         }
         return packed;
     }
 
     ConvStep start_conv(const unetrt_operator& op, int32_t step, int32_t y0, int32_t x0) {
-        const PlanMap& dst = map(op.dst);
+        const PlacedMap& dst = map(op.dst);
         ConvStep conv{};
         conv.dst = op.dst;
         conv.height = dst.height / step;
@@ -323,7 +323,7 @@ class Planner {
         const int32_t k = op.kernel, in = count_channels(op.src);
         for (const int32_t source : op.src) {
             if (source == -1) continue;
-            const PlanMap shape = map(source);
+            const PlacedMap shape = map(source);
             const int32_t padded = pad_channels(shape.channels);
             const int32_t phases = new_map(4 * padded, (shape.height + 1) / 2, (shape.width + 1) / 2);
             add_copy({{source, -1}, phases, -1, 1.0f, true});
@@ -371,7 +371,7 @@ class Planner {
         int32_t most = 0;
         const bool has_bytes = map(step.taps.front().map).scale > 0;
         for (const Tap& tap : step.taps) {
-            const PlanMap& source = map(tap.map);
+            const PlacedMap& source = map(tap.map);
             read(tap.map);
             most = std::max({most, reach(tap.dy, step.height, source.height), reach(tap.dx, step.width, source.width)});
             inputs += kernels_.takes_pairs ? round_up(tap.channels, source.block) : tap.channels;
@@ -386,16 +386,16 @@ class Planner {
             step.offsets = reserve(pad_channels(step.out_channels));
             step.factors = reserve(pad_channels(step.out_channels));
         }
-        plan_.steps.push_back(std::move(step));
+        layout_.steps.push_back(std::move(step));
     }
 
     const Program& program_;
     const Kernels& kernels_;
-    Plan plan_{};
+    Layout layout_{};
 };
 
 }  // namespace
 
-Plan make_plan(const Program& program, const Kernels& kernels) { return Planner(program, kernels).make(); }
+Layout make_layout(const Program& program, const Kernels& kernels) { return LayoutMaker(program, kernels).make(); }
 
 }  // namespace unetrt

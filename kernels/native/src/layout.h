@@ -11,7 +11,7 @@
 
 namespace unetrt {
 
-struct PlanMap {
+struct PlacedMap {
     int32_t channels, height, width, border;
     // As in MapShape, and the channels of a line.
     float scale;
@@ -125,13 +125,13 @@ struct RowCopy {
     int64_t padded;
 };
 
-struct Plan {
+struct Layout {
     const Kernels* kernels;
     int32_t in_channels, out_channels, row_width;
     // Of one image's output.
     int64_t output_floats;
     int64_t weights;
-    std::vector<PlanMap> maps;
+    std::vector<PlacedMap> maps;
     std::vector<Step> steps;
     // Of the program, for each step.
     std::vector<int32_t> operators;
@@ -142,11 +142,11 @@ struct Plan {
     int64_t packed, padded_rows, statistics, arena;
 };
 
-Plan make_plan(const Program& program, const Kernels& kernels);
+Layout make_layout(const Program& program, const Kernels& kernels);
 
 inline int32_t round_up(int32_t value, int32_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Places of all maps in an arena, maps that are never needed together sharing one; sets offsets, returns its size.
-int64_t place_maps(std::vector<PlanMap>& maps);
+int64_t place_maps(std::vector<PlacedMap>& maps);
 
 }  // namespace unetrt
