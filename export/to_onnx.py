@@ -153,7 +153,7 @@ def write_typed(subject: Subject, precision: Precision, parts: Sequence[Fp32Part
     typed = Typed(precision, onnx_name(UNET, precision.value), typed_unet(unet, precision, names))
     export_onnx(typed.unet, folder / typed.file)
     if precision is Precision.INT8:
-        quantise(folder / typed.file, unet, [case.tensors() for case in subject.cases])
+        quantise(folder / typed.file, unet, subject.cases)
     return typed
 
 

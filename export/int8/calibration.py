@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.networks.inputs import Inputs
 from engine.networks.unet import UNet
 
 CLIPS = tuple(1 - 0.05 * i for i in range(15))
@@ -43,10 +44,10 @@ class Seen:
         return torch.cat(self._samples)
 
 
-def watch_inputs(unet: UNet, names: Iterable[str], calls: Sequence[Mapping[str, Tensor]]) -> dict[str, Seen]:
+def watch_inputs(unet: UNet, names: Iterable[str], calls: Sequence[Inputs]) -> dict[str, Seen]:
     """What the convolutions `names`, such as "blocks.3.conv1", read in these calls of the float32 network.
 
-    calls: its inputs by name, from first to last timestep, as the ranges of activations change with it.
+    calls: its inputs, from first to last timestep, as the ranges of activations change with it.
     """
     seen = {name: Seen() for name in names}
     with ExitStack() as hooks, torch.no_grad():
@@ -57,7 +58,7 @@ def watch_inputs(unet: UNet, names: Iterable[str], calls: Sequence[Mapping[str, 
 
             hooks.callback(unet.get_submodule(name).register_forward_pre_hook(keep).remove)
         for call in calls:
-            unet(**call)
+            unet(**call.tensors())
     return seen
 
 

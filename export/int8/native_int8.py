@@ -55,7 +55,7 @@ def choose_int8(unet: UNet, cases: Sequence[Inputs]) -> Int8Choice:
     names = tuple(find_candidates(program))
     if not names:
         raise ExportError("this network has no 3x3 convolution of a ResBlock behind a norm; leave --native-int8 out")
-    ranges = calibrate(unet, names, [case.tensors() for case in cases])
+    ranges = calibrate(unet, names, cases)
     # A call for each convolution: every other timestep is enough to tell them apart.
     alone = _Wanted(unet, [join_inputs([case for case in cases if case.is_single][::2])])
     shares = {name: alone.judge({name: ranges[name]}).rms / alone.deviation for name in names}
@@ -111,7 +111,7 @@ def count_products(program: Program) -> dict[str, int]:
     return counts
 
 
-def calibrate(unet: UNet, names: Sequence[str], calls: Sequence[Mapping[str, Tensor]]) -> dict[str, ByteRange]:
+def calibrate(unet: UNet, names: Sequence[str], calls: Sequence[Inputs]) -> dict[str, ByteRange]:
     """The range of each convolution's input over all calls, which are the network's inputs by name."""
     seen = watch_inputs(unet, names, calls)
     return {name: best_range(found.values, found.low, found.high) for name, found in seen.items()}

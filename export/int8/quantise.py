@@ -8,7 +8,7 @@ with the least squared error over states from first to last timestep, as the ran
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from engine.errors import ExportError, MissingPackageError
+from engine.networks.inputs import Inputs
 from engine.networks.unet import UNet
 from export.int8.calibration import SMALLEST, best_scale, watch_inputs
 from export.onnx.onnx_file import EXTERNAL_DATA_BYTES
@@ -23,7 +24,7 @@ from export.onnx.onnx_file import EXTERNAL_DATA_BYTES
 LEVELS = 127
 
 
-def quantise(path: Path, unet: UNet, calls: Sequence[Mapping[str, Tensor]]) -> tuple[str, ...]:
+def quantise(path: Path, unet: UNet, calls: Sequence[Inputs]) -> tuple[str, ...]:
     """Put the ResBlocks' 3x3 convolutions of an ONNX file into int8, in place; returns their names.
 
     path: the float16 network that export.to_onnx.export_onnx wrote; convolutions that it has in float32 are left. unet:
@@ -54,7 +55,7 @@ def quantise(path: Path, unet: UNet, calls: Sequence[Mapping[str, Tensor]]) -> t
     return tuple(done)
 
 
-def calibrate(unet: UNet, calls: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+def calibrate(unet: UNet, calls: Sequence[Inputs]) -> dict[str, float]:
     """The input scale of each convolution, by its name such as "blocks.3.conv1"."""
     blocks = enumerate(unet.config.blocks)
     names = [f"blocks.{index}.{part}" for index, block in blocks for part in block.int8_convolutions]

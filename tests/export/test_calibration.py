@@ -3,6 +3,7 @@
 import torch
 from helpers import adm_unet, random_network
 
+from engine.networks.inputs import Inputs
 from engine.networks.unet import UNet
 from export.int8.calibration import CLIPS, SAMPLES, SMALLEST, Seen, best_scale, watch_inputs
 
@@ -24,18 +25,15 @@ def test_what_a_convolution_reads_is_kept_and_the_network_is_left_as_it_was():
     unet = random_network(adm_unet(width=32))
     assert isinstance(unet, UNet)
     calls = [
-        {
-            "x_t": torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(i)),
-            "timestep": torch.tensor([9.0, 500]),
-        }
+        Inputs(torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(i)), torch.tensor([9.0, 500]))
         for i in range(2)
     ]
     seen = watch_inputs(unet, ["blocks.0", "blocks.2.conv1"], calls)
     assert list(seen) == ["blocks.0", "blocks.2.conv1"]
-    images = torch.cat([call["x_t"].flatten() for call in calls])
+    images = torch.cat([call.x_t.flatten() for call in calls])
     assert torch.equal(seen["blocks.0"].values, images)
     assert (seen["blocks.0"].low, seen["blocks.0"].high) == (float(images.min()), float(images.max()))
-    unet(**calls[0])
+    unet(**calls[0].tensors())
     assert len(seen["blocks.0"].values) == len(images)
 
 

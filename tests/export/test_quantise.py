@@ -9,6 +9,7 @@ from helpers import adm_unet, random_network
 from engine.backends.ort.ort_backend import open_session, run_session
 from engine.errors import ExportError
 from engine.networks.blocks import ResBlock
+from engine.networks.inputs import Inputs
 from engine.networks.unet import UNet
 from export.int8.quantise import LEVELS, best_symmetric, calibrate, channel_scales, quantise
 from export.precision import Precision, typed_unet
@@ -18,10 +19,10 @@ CONFIG = adm_unet(width=32)
 BLOCKS = [index for index, block in enumerate(CONFIG.blocks) if isinstance(block, ResBlock)]
 
 
-def calls(size: int = 8) -> list[dict[str, torch.Tensor]]:
+def calls(size: int = 8) -> list[Inputs]:
     generator = torch.Generator().manual_seed(2)
     times = torch.tensor([999.0, 500.0, 20.0])
-    return [{"x_t": torch.randn(3, 1, size, size, generator=generator), "timestep": times} for _ in range(2)]
+    return [Inputs(torch.randn(3, 1, size, size, generator=generator), times) for _ in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,8 @@ def test_the_error_is_that_of_eight_bits(int8, fp16, unet):
         session, squares, total = open_session(path, None), 0.0, 0.0
         for inputs in calls():
             with torch.no_grad():
-                wanted = unet(**inputs)
-            squares += float((run_session(session, inputs)[0] - wanted).square().sum())
+                wanted = unet(**inputs.tensors())
+            squares += float((run_session(session, inputs.tensors())[0] - wanted).square().sum())
             total += float(wanted.square().sum())
         errors.append((squares / total) ** 0.5)
     assert errors[0] < 3e-3 < errors[1] < 1e-1

@@ -46,7 +46,7 @@ def candidates_of(config: c.UNetConfig) -> tuple[str, ...]:
 
 
 def ranges_of(config: c.UNetConfig, inputs: Inputs, seed: int = 0) -> dict[str, ByteRange]:
-    return calibrate(random_network(config, seed), candidates_of(config), [inputs.tensors()])
+    return calibrate(random_network(config, seed), candidates_of(config), [inputs])
 
 
 NAMES = [name for name, config in (BLOCKS | ADM).items() if candidates_of(config)]
@@ -188,7 +188,7 @@ def test_a_program_with_bytes_is_the_network_with_8_bit_convolutions(name: str) 
     config = BLOCKS[name]
     inputs = in_float64(network_inputs(config, 2, 100))
     unet = random_network(config).double()
-    ranges = calibrate(unet, candidates_of(config), [inputs.tensors()])
+    ranges = calibrate(unet, candidates_of(config), [inputs])
     program = with_int8(build_program(config), ranges)
     rows = torch.cat(unet.time(inputs.timestep, None), dim=1)
     weights = program.gather(unet.state_dict())

@@ -168,7 +168,7 @@ def test_onnx_runtime_runs_it(unet: UNet, tmp_path: Path, precision: Precision, 
 def test_its_convolution_is_quantised_in_onnx(unet: UNet, tmp_path: Path) -> None:
     path = tmp_path / "unet.onnx"
     export_onnx(typed_unet(unet, Precision.FP16), path)
-    assert f"blocks.{PLACE}.conv1" in quantise(path, unet, [inputs()])
+    assert f"blocks.{PLACE}.conv1" in quantise(path, unet, [Inputs(**inputs())])
     assert 1e-4 < largest_error(run_session(open_session(path, None), inputs())[0], unet(**inputs())) < 5e-2
 
 
@@ -197,7 +197,7 @@ def test_the_cpu_engine_runs_it(unet: UNet) -> None:
 def test_its_convolution_may_be_int8_on_the_cpu_engine(unet: UNet) -> None:
     program, name = build_program(CONFIG), f"blocks.{PLACE}.conv1"
     assert name in find_candidates(program)
-    ranges = calibrate_native(unet, [name], [inputs()])
+    ranges = calibrate_native(unet, [name], [Inputs(**inputs())])
     read = find_candidates(program)[name]
     assert with_int8(program, ranges).maps[read].scale == ranges[name].scale
     for isa in (isa for isa in instruction_sets() if isa.precision == "bf16"):

@@ -13,6 +13,7 @@ from engine import load_checkpoint
 from engine.errors import OutputError
 from engine.networks.config import Attention, ResBlock
 from engine.networks.half import norm_names
+from engine.networks.inputs import Inputs
 from export.int8.quantise import quantise
 from export.onnx.onnx_file import has_wide_products
 from export.precision import Precision, typed_unet
@@ -107,7 +108,7 @@ def test_int8_convolutions_read_int8(tmp_path):
     """Norm, SiLU and rounding to int8 are one kernel; the convolution behind it writes fp32, which is listed."""
     unet = load_checkpoint(write_random_model(tmp_path / "model", SMALL)).unet()
     path = half_onnx(tmp_path / "int8", SMALL)
-    done = quantise(path, unet, [{"x_t": torch.randn(2, 3, 8, 8), "timestep": torch.tensor([900.0, 10.0])}])
+    done = quantise(path, unet, [Inputs(torch.randn(2, 3, 8, 8), torch.tensor([900.0, 10.0]))])
     fusion = rtx_builder().build(path, (4, 4, 4), "int8").fusion
     assert fusion is not None
     assert fusion.int8_convolutions == len(done) == 2 * sum(isinstance(b, ResBlock) for b in unet.config.blocks)
