@@ -6,7 +6,6 @@
 #include "error.h"
 
 namespace unetrt {
-
 namespace {
 
 // Pixels that a tap of stride 1 of a convolution reaches beyond its map: up and left, down and right.
