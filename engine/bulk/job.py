@@ -26,6 +26,7 @@ import torch
 
 from engine.backends.registry import libraries
 from engine.bulk.shards import FORMATS, Shard, merge_shards, read_shard, shard_name, write_shard
+from engine.bundle.bundle_folder import manifest_sha256
 from engine.diffusion.prediction import Variance
 from engine.diffusion.solvers import StepTable
 from engine.errors import OutputError, RequestError
@@ -238,7 +239,7 @@ def _describe(sampler: Sampler, job: BulkJob, table: StepTable) -> dict[str, Any
     return {
         "format_version": 1,
         "bundle": {
-            "manifest_sha256": _digest(encode(manifest)),
+            "manifest_sha256": manifest_sha256(manifest),
             "checkpoint_sha256": manifest.checkpoint_sha256,
         },
         "table": {

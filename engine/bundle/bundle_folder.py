@@ -55,8 +55,7 @@ class Bundle:
             if file.name != MANIFEST
         }
         full = dataclasses.replace(manifest, files=entries)
-        data = {_VERSION: FORMAT_VERSION} | encode(full)
-        text = json.dumps(data | {_DIGEST: _digest(data)}, indent=1, allow_nan=False)
+        text = json.dumps(manifest_form(full) | {_DIGEST: manifest_sha256(full)}, indent=1, allow_nan=False)
         (path / MANIFEST).write_text(text + "\n", encoding="utf-8")
         return cls(path, full)
 
@@ -108,6 +107,16 @@ class Bundle:
 def is_bundle(path: Path) -> bool:
     """Whether a folder holds a bundle's manifest."""
     return (path / MANIFEST).is_file()
+
+
+def manifest_form(manifest: Manifest) -> dict[str, Any]:
+    """What manifest.json holds of a manifest, without its own hash."""
+    return {_VERSION: FORMAT_VERSION} | encode(manifest)
+
+
+def manifest_sha256(manifest: Manifest) -> str:
+    """The hash that manifest.json holds of itself, in hex."""
+    return _digest(manifest_form(manifest))
 
 
 def _read_manifest(folder: Path) -> Manifest:

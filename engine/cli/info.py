@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from typing import Any
 
-from engine.bundle.bundle_folder import Bundle
+from engine.bundle.bundle_folder import Bundle, manifest_form
 from engine.bundle.file_names import UNET
 from engine.bundle.manifest import Manifest, Measurement
 from engine.checkpoints.facts import facts_from_arguments, flag
@@ -28,7 +28,7 @@ def info(args: argparse.Namespace) -> None:
         if args.verify:
             bundle.verify()
         if args.json:
-            print(json.dumps(encode(bundle.manifest) | {"verified": bool(args.verify)}))
+            print(json.dumps(manifest_form(bundle.manifest) | {"verified": bool(args.verify)}))
         else:
             print(_describe_bundle(bundle, bool(args.verify)))
         return

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from exported import call, in_float64, network_inputs
-from helpers import adm_unet, random_network, tiny_manifest, write_bundle
+from helpers import adm_unet, random_network, tiny_manifest, with_unet, write_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_cases import ADM, BLOCKS, EMPTY_LAYER, FAMILIES, instruction_sets, networks, rms
@@ -293,4 +293,4 @@ def test_auto_takes_it_and_says_why_not(
 def test_a_network_that_it_does_not_have(bundle: Bundle) -> None:
     config = replace(bundle.manifest.unet.config, blocks=(c.Conv(1, 1, 9),))
     with pytest.raises(BackendError, match="has a kernel of 9"):
-        NativeBackend.from_weights(replace(bundle.manifest, config=config), {})
+        NativeBackend.from_weights(with_unet(bundle.manifest, config=config), {})

@@ -159,7 +159,7 @@ def test_inputs_that_do_not_fit() -> None:
         guide(torch.cat([x_t, x_t], 1), timestep, y, scale)
     with pytest.raises(BackendError, match=r"timestep is \[1\] torch.float32; expected \[2\] torch.float32"):
         guide(x_t, timestep[:1], y, scale)
-    with pytest.raises(BackendError, match=r"y is \[2\] torch.float32; expected \[2\] torch.int64"):
+    with pytest.raises(BackendError, match=r"label is \[2\] torch.float32; expected \[2\] torch.int64"):
         guide(x_t, timestep, y.float(), scale)
     with pytest.raises(BackendError, match=r"scale is \[2\] torch.float64"):
         guide(x_t, timestep, y, scale.double())

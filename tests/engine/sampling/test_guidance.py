@@ -212,7 +212,7 @@ REFUSALS = {
     ).sample(1, steps=1, guidance_scale=2.0),
     "classifier-free guidance needs a label": lambda: Sampler(
         Elementwise(dataclasses.replace(LABELLED, label=LabelInput.VECTOR))
-    ).sample(1, steps=1, guidance_scale=2.0, labels=[[0.0] * LABELLED.label_channels]),
+    ).sample(1, steps=1, guidance_scale=2.0, labels=[[0.0] * LABELLED.time.channels]),
     "needs a label that means none": lambda: Slots(Elementwise(PLAIN), 1).enter(
         0, Request(0, Sampler(Elementwise(PLAIN)).table(steps=2), 0, free_guidance=ClassifierFreeGuidance(2.0))
     ),
