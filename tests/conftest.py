@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+from golden_folder import GOLDEN_VARIABLE, golden_root
 
 from engine.threads import torch_threads
-
-GOLDEN_VARIABLE = "UNET_RT_GOLDEN"
 
 # Before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors.
 if not torch.cuda.is_available():
@@ -39,26 +37,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help=f"reference data of the original implementations (default: variable {GOLDEN_VARIABLE})",
     )
-
-
-def golden_root(config: pytest.Config) -> Path | None:
-    """The folder of golden cases; None where none is given.
-
-    A folder that is given, by option or by environment, must exist and hold cases: UsageError otherwise.
-    """
-    option = config.getoption("--golden")
-    source = GOLDEN_VARIABLE if option is None else "--golden"
-    given = os.environ.get(GOLDEN_VARIABLE) if option is None else option
-    if not given:
-        if option is not None:
-            raise pytest.UsageError("--golden is empty; give the folder of golden cases")
-        return None
-    root = Path(given)
-    if not root.is_dir():
-        raise pytest.UsageError(f"{source}: {root} is not a folder; give the folder of golden cases")
-    if not any(root.glob("*/case.json")):
-        raise pytest.UsageError(f"{source}: {root} holds no golden case (no */case.json)")
-    return root.resolve()
 
 
 @pytest.hookimpl(optionalhook=True)

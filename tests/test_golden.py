@@ -12,8 +12,8 @@ import golden_tutorial
 import golden_w86763777
 import pytest
 import torch
-from conftest import golden_root
 from golden_cases import Run, Runner, read_cases
+from golden_folder import golden_root
 
 
 def no_floor(_run: Run, _name: str) -> float:

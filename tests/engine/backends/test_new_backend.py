@@ -22,8 +22,10 @@ ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "extend" / "backend.md").read_text(encoding="utf-8")
 
 # What a user does with the new backend, in a process that has the copy alone.
+# An editable install of this checkout has a finder in front of PYTHONPATH.
 USE = """
 import json, logging, sys
+sys.meta_path = [finder for finder in sys.meta_path if "_editable" not in type(finder).__module__]
 import torch
 from engine import BackendError, Sampler, open_backend
 from engine.__main__ import main
