@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plain_unet import PlainUNet, save
 
 from engine import BackendError, Sampler, UnknownFamilyError, load_checkpoint
 from engine.backends.ort.ort_backend import OrtBackend
@@ -14,7 +15,6 @@ from engine.bundle.file_names import UNET, onnx_name
 from engine.bundle.from_checkpoint import checkpoint_manifest
 from engine.checkpoints import load
 from export.to_onnx import export_onnx
-from tests.examples.plain_unet import PlainUNet, save
 
 SIZE = 8
 
