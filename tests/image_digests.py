@@ -1,7 +1,7 @@
 """Digests of seeded images of the shipped models: what a change of the code's shape must not change.
 
-python -m tests.image_digests record BUNDLE FILE      writes one sha256 a case
-python -m tests.image_digests check BUNDLE FILE       says which cases differ, exit status 1 if any
+python tests/image_digests.py record BUNDLE FILE      writes one sha256 a case
+python tests/image_digests.py check BUNDLE FILE       says which cases differ, exit status 1 if any
 
 Digests hold on the machine and library versions that wrote them: libraries and instruction sets round differently.
 """
