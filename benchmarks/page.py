@@ -23,7 +23,7 @@ from engine.files import atomic_path
 ORDER = ("peers", "step_latency", "native_bound", "quality", "kernels", "export_cost")
 NOTES, TABLES = "notes.md", "tables.md"
 BEGIN, END = "<!-- benchmarks: begin (make bench writes this) -->", "<!-- benchmarks: end -->"
-HEADLINE = ("PyTorch eager", "torch.compile", "ONNX Runtime", "OpenVINO", "TensorRT", "diffusers")
+HEADLINE = ("torch.compile", "ONNX Runtime", "OpenVINO", "TensorRT", "diffusers")
 """Peers of the small table, where they were measured."""
 
 _ABOUT = {

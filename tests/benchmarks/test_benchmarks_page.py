@@ -32,16 +32,16 @@ def peers_report(checks: tuple[Check, ...] = ()) -> Report:
         rows=[
             row(OURS, "bf16", False, 4.0),
             row("UNet-RT (native fp32)", "fp32", False, 3.0),
-            row("PyTorch eager", "fp32", False, 1.0),
+            row("ONNX Runtime", "fp32", False, 1.0),
             row("diffusers", "fp32", False, 0.5),
             row(OURS, "bf16", True, 2.0),
-            row("PyTorch eager", "fp32", True, 0.25),
+            row("ONNX Runtime", "fp32", True, 0.25),
         ],
         comparisons=[
             Comparison(case, "UNet-RT (native fp32)", OURS, Ratio(1.3, 1.2, 1.4, 0.99, 12)),
-            Comparison(case, "PyTorch eager", OURS, Ratio(4.0, 3.9, 4.12, 0.99, 12)),
+            Comparison(case, "ONNX Runtime", OURS, Ratio(4.0, 3.9, 4.12, 0.99, 12)),
             Comparison(case, "diffusers", OURS, Ratio(8.0, 7.5, 8.5, 0.99, 12)),
-            Comparison(case | {"guided": True}, "PyTorch eager", OURS, Ratio(8.0, 7.9, 8.12, 0.99, 12)),
+            Comparison(case | {"guided": True}, "ONNX Runtime", OURS, Ratio(8.0, 7.9, 8.12, 0.99, 12)),
         ],
         checks=checks,
         missing=[Missing("trt", "no\nGPU")],
@@ -61,7 +61,7 @@ def test_the_pages_and_the_block_come_from_the_files(tmp_path):
         "|  | precision | images/s | time / ours | guided: images/s | time / ours |",
         "| --- | --- | --- | --- | --- | --- |",
         f"| **{OURS}** | bf16 | **4** | 1 | **2** | 1 |",
-        "| PyTorch eager | fp32 | 1 | 4.00 (3.90 to 4.12) | 0.25 | 8.00 (7.90 to 8.12) |",
+        "| ONNX Runtime | fp32 | 1 | 4.00 (3.90 to 4.12) | 0.25 | 8.00 (7.90 to 8.12) |",
         "| diffusers | fp32 | 0.5 | 8.00 (7.50 to 8.50) | - | - |",
     ]
     start = ["# Benchmarks", "", "![Images/s of this engine and of what one would use instead](reports/peers.png)", ""]
