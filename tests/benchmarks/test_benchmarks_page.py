@@ -73,7 +73,7 @@ def test_the_pages_and_the_block_come_from_the_files(tmp_path):
     assert "\n## peers: digits\n" in tables
     assert f"| {OURS} | bf16 | 10 | False | 4 | 4 |" in tables
     case = "steps=10 guided=False batch=4"
-    assert f"| {case} | PyTorch eager | {OURS} | 4.000 | 3.900 to 4.120 | slower |" in tables
+    assert f"| {case} | ONNX Runtime | {OURS} | 4.000 | 3.900 to 4.120 | slower |" in tables
     assert "- not measured: trt: no GPU" in tables
     assert "Checks: 0 of 1 passed." in tables
     assert "- **FAILED: same images (30, limit 40); look at them**" in tables
