@@ -32,6 +32,7 @@ OPTIONAL = {
     "onnxruntime": ["engine/backends/ort/ort_backend.py", "benchmarks/peers/libraries.py"],
     "onnx": ["export/*.py"],
     "onnxscript": ["export/*.py"],
+    "onnx_ir": ["export/onnx/onnx_file.py"],
     "triton": ["kernels/triton/*.py", "kernels/aot.py", "export/trt/plugin_triton.py"],
     "mlxtend": ["judging/digits.py"],
     "diffusers": ["benchmarks/random_models.py", "benchmarks/peers/*.py", "recipes/diffusers_format.py"],

@@ -19,6 +19,9 @@ OPSET = 21
 EXTERNAL_DATA_BYTES = 1_800_000_000
 """Weights beyond this go to a second file, because a protobuf holds at most 2 GiB."""
 
+LEAST_EXTERNAL_BYTES = 4096
+"""Smaller tensors stay in the graph: runtimes read shapes, axes and split sizes before they look at a second file."""
+
 
 def save_program(program: torch.onnx.ONNXProgram, path: Path, size_bytes: int) -> None:
     """Name the nodes, drop unused inputs and write the file; raises OSError.
@@ -27,7 +30,12 @@ def save_program(program: torch.onnx.ONNXProgram, path: Path, size_bytes: int) -
     """
     name_nodes(program.model)
     drop_unused_inputs(program.model)
-    program.save(str(path), external_data=size_bytes > EXTERNAL_DATA_BYTES)
+    if size_bytes <= EXTERNAL_DATA_BYTES:
+        program.save(str(path), external_data=False)
+        return
+    import onnx_ir
+
+    onnx_ir.save(program.model, path, external_data=f"{path.name}.data", size_threshold_bytes=LEAST_EXTERNAL_BYTES)
 
 
 def has_wide_products(path: Path) -> bool:
