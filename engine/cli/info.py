@@ -115,7 +115,8 @@ def _network_lines(config: UNetConfig | ClassifierConfig) -> list[str]:
     if isinstance(config, UNetConfig):
         lines.append(f"output       {config.out_channels} channels")
         if config.cond_channels:
-            lines.append(f"condition    {config.cond_channels} channels, concatenated behind x_t")
+            place = "in front of" if config.cond_first else "behind"
+            lines.append(f"condition    {config.cond_channels} channels, concatenated {place} x_t")
     if isinstance(config, UNetConfig) and config.label is LabelInput.VECTOR:
         lines.append(f"labels       vectors of {config.label_channels} numbers")
     elif config.num_classes is not None:

@@ -149,8 +149,9 @@ def named_schedule(name: str, num_train_timesteps: int) -> NoiseSchedule:
 def space_timesteps(num_train_timesteps: int, respacing: int | str) -> NDArray[np.int64]:
     """Ascending training timesteps to visit, as improved-diffusion defines its respacing strings.
 
-    "250" or 250: that many, evenly spread over all of [0, T). "10,10,10": T split into as many equal sections, each
-    with its own count. "ddim25": the smallest integer stride that gives exactly that many, starting at 0.
+    "250" or 250: that many, evenly spread over all of [0, T). "10,0,10": T split into as many equal sections, each
+    with its own count, which may be 0. "ddim25": the smallest integer stride that gives exactly that many, starting
+    at 0.
     Raises RequestError for a count that does not fit.
     """
     text = str(respacing).strip()
@@ -163,18 +164,23 @@ def space_timesteps(num_train_timesteps: int, respacing: int | str) -> NDArray[n
             f'cannot read {respacing!r} as steps; expected a number, sections like "10,10,10" or "ddim50"'
         ) from error
     size, extra = divmod(num_train_timesteps, len(counts))
+    least = 1 if len(counts) == 1 else 0
     chosen: list[int] = []
     start = 0
     for index, count in enumerate(counts):
         section = size + (index < extra)
-        if not 1 <= count <= section:
-            raise RequestError(f"cannot take {count} steps from a section of {section} timesteps; take 1 to {section}")
+        if not least <= count <= section:
+            raise RequestError(
+                f"cannot take {count} steps from a section of {section} timesteps; take {least} to {section}"
+            )
         stride = (section - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):
             chosen.append(start + round(position))
             position += stride
         start += section
+    if not chosen:
+        raise RequestError(f"{respacing!r} takes no step of any section; give one of them a count of 1 or more")
     return np.array(chosen, dtype=np.int64)
 
 

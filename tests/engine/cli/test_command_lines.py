@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import dataclasses
 import errno
 import json
 import os
@@ -322,6 +323,13 @@ def test_one_byte_changed_in_the_bundle(tmp_path, bundle):
     assert message in call_main("info", changed, "--verify").error
     assert call_main("info", changed).status == 0
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(("first", "place"), [(False, "behind"), (True, "in front of")])
+def test_info_says_where_a_condition_image_stands(tmp_path, first, place):
+    config = dataclasses.replace(adm_unet(channels=3, super_resolution=True), cond_first=first)
+    outcome = call_main("info", write_bundle(tmp_path / "b.engine", config))
+    assert f"condition    3 channels, concatenated {place} x_t" in outcome.out
 
 
 def test_info_about_a_bundle(bundle):

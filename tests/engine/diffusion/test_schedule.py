@@ -148,6 +148,8 @@ def test_published_examples():
         return [start + round(place) for place in places]
 
     assert space_timesteps(300, "10,15,20").tolist() == walk(0, 10) + walk(100, 15) + walk(200, 20)
+    # A section may be left out; here of 34, 33 and 33 timesteps.
+    assert space_timesteps(100, "3,0,7").tolist() == [0, 16, 33, 67, 72, 78, 83, 88, 94, 99]
     assert space_timesteps(1000, "ddim25").tolist() == list(range(0, 1000, 40))
     assert space_timesteps(1000, 1000).tolist() == list(range(1000))
 
@@ -158,7 +160,8 @@ def test_published_examples():
         ("0", "cannot take 0 steps from a section of 100 timesteps; take 1 to 100"),
         (-3, "cannot take -3 steps"),
         (101, "cannot take 101 steps from a section of 100 timesteps"),
-        ("10,51", "cannot take 51 steps from a section of 50 timesteps; take 1 to 50"),
+        ("10,51", "cannot take 51 steps from a section of 50 timesteps; take 0 to 50"),
+        ("0,0", "'0,0' takes no step of any section"),
         ("ten", 'cannot read \'ten\' as steps; expected a number, sections like "10,10,10" or "ddim50"'),
         ("", "cannot read '' as steps"),
         (2.5, "cannot read 2.5 as steps"),
