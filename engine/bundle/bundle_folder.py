@@ -55,7 +55,8 @@ class Bundle:
             if file.name != MANIFEST
         }
         full = dataclasses.replace(manifest, files=entries)
-        text = json.dumps(manifest_form(full) | {_DIGEST: manifest_sha256(full)}, indent=1, allow_nan=False)
+        data = manifest_form(full)
+        text = json.dumps(data | {_DIGEST: _digest(data)}, indent=1, allow_nan=False)
         (path / MANIFEST).write_text(text + "\n", encoding="utf-8")
         return cls(path, full)
 

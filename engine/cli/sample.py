@@ -180,9 +180,9 @@ def _columns(args: argparse.Namespace, sampler: Sampler, options: SamplingOption
 def _report(args: argparse.Namespace, sampler: Sampler, requests: list[Request], results: _Results) -> None:
     steps = len(requests[0].table)
     # Slots are refilled as they empty, and all requests here have the same length: rounds of full batches.
-    rounds = math.ceil(args.n / images_at_a_time(requests, args.batch_size))
-    calls = rounds * steps
-    batch = min(args.n, images_at_a_time(requests, args.batch_size))
+    together = images_at_a_time(requests, args.batch_size)
+    calls = math.ceil(args.n / together) * steps
+    batch = min(args.n, together)
     summary = {
         "images": len(results.images),
         "steps": steps,

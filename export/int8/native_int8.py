@@ -112,7 +112,7 @@ def count_products(program: Program) -> dict[str, int]:
 
 
 def calibrate(unet: UNet, names: Sequence[str], calls: Sequence[Inputs]) -> dict[str, ByteRange]:
-    """The range of each convolution's input over all calls, which are the network's inputs by name."""
+    """The range of each convolution's input over all calls of the network."""
     seen = watch_inputs(unet, names, calls)
     return {name: best_range(found.values, found.low, found.high) for name, found in seen.items()}
 

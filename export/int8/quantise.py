@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from engine.bundle.file_names import onnx_data_name
 from engine.errors import ExportError, MissingPackageError
 from engine.networks.inputs import Inputs
 from engine.networks.unet import UNet
 from export.int8.calibration import SMALLEST, best_scale, watch_inputs
-from export.onnx.onnx_file import EXTERNAL_DATA_BYTES
+from export.onnx.onnx_file import EXTERNAL_DATA_BYTES, LEAST_EXTERNAL_BYTES
 
 LEVELS = 127
 
@@ -28,7 +29,7 @@ def quantise(path: Path, unet: UNet, calls: Sequence[Inputs]) -> tuple[str, ...]
     """Put the ResBlocks' 3x3 convolutions of an ONNX file into int8, in place; returns their names.
 
     path: the float16 network that export.to_onnx.export_onnx wrote; convolutions that it has in float32 are left. unet:
-    the float32 network. calls: its inputs by name, to calibrate with. Raises ExportError for a file without such
+    the float32 network. calls: its inputs, to calibrate with. Raises ExportError for a file without such
     convolutions, MissingPackageError without onnx, OSError.
     """
     try:
@@ -49,9 +50,15 @@ def quantise(path: Path, unet: UNet, calls: Sequence[Inputs]) -> tuple[str, ...]
         raise ExportError("this network has no 3x3 convolution in a ResBlock to quantise; use --precision fp16")
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    Path(f"{path}.data").unlink(missing_ok=True)
-    is_large = model.ByteSize() > EXTERNAL_DATA_BYTES
-    onnx.save_model(model, str(path), save_as_external_data=is_large, location=f"{path.name}.data")
+    outside = path.with_name(onnx_data_name(path.name))
+    outside.unlink(missing_ok=True)
+    onnx.save_model(
+        model,
+        str(path),
+        save_as_external_data=model.ByteSize() > EXTERNAL_DATA_BYTES,
+        location=outside.name,
+        size_threshold=LEAST_EXTERNAL_BYTES,
+    )
     return tuple(done)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from engine.bundle.file_names import onnx_data_name
 from engine.errors import ExportError, MissingPackageError
 from export.onnx.passes import drop_unused_inputs, name_nodes
 
@@ -35,7 +36,9 @@ def save_program(program: torch.onnx.ONNXProgram, path: Path, size_bytes: int) -
         return
     import onnx_ir
 
-    onnx_ir.save(program.model, path, external_data=f"{path.name}.data", size_threshold_bytes=LEAST_EXTERNAL_BYTES)
+    onnx_ir.save(
+        program.model, path, external_data=onnx_data_name(path.name), size_threshold_bytes=LEAST_EXTERNAL_BYTES
+    )
 
 
 def has_wide_products(path: Path) -> bool:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from engine.bundle.file_names import onnx_data_name
 from engine.bundle.manifest import FusionReport
 from engine.errors import ConfigError, OutputError
 from engine.files import atomic_path, file_sha256, make_folder, user_cache_folder
@@ -27,7 +28,7 @@ def plan_cache_folder() -> Path:
 
 def plan_key(onnx: Path, configuration: Mapping[str, object]) -> str:
     """sha256 (hex) over the ONNX file, `onnx`.data where there is one, and the configuration (JSON values)."""
-    data = onnx.with_name(f"{onnx.name}.data")
+    data = onnx.with_name(onnx_data_name(onnx.name))
     files = [file_sha256(path) for path in (onnx, data) if path.exists()]
     return hashlib.sha256(json.dumps([files, configuration], sort_keys=True).encode()).hexdigest()
 

@@ -10,9 +10,12 @@ import pytest
 import torch
 from helpers import FP32_OTHER_ORDER, adm_classifier, adm_unet, random_network
 
+import export.int8.quantise
 import export.onnx.onnx_file
 from engine.networks.classifier import Classifier
+from engine.networks.inputs import Conditions, Inputs
 from engine.networks.unet import UNet
+from export.int8.quantise import quantise
 from export.onnx.gradient import export_gradient
 from export.precision import Precision, typed_unet
 from export.to_onnx import export_onnx
@@ -35,11 +38,11 @@ def unet_file(folder: Path, precision: Precision) -> tuple[UNet, Path]:
     return unet, folder / "unet.onnx"
 
 
-def assert_only_weights_are_outside(path: Path) -> None:
+def assert_only_weights_are_outside(path: Path, weights: set[int] = FLOATS) -> None:
     graph = onnx.load(str(path), load_external_data=False).graph
     outside = [tensor for tensor in graph.initializer if tensor.external_data]
     assert outside
-    assert {tensor.data_type for tensor in outside} <= FLOATS
+    assert {tensor.data_type for tensor in outside} <= weights
     assert path.with_name("unet.onnx.data").is_file()
     left = [t for t in graph.initializer if not t.external_data and t.data_type in FLOATS and np.prod(t.dims) > 4096]
     assert not left, "a weight is left in the graph"
@@ -62,6 +65,17 @@ def test_onnx_runtime_and_openvino_run_it(tmp_path: Path) -> None:
     results = session.run(None, feed)[0], model(feed)[model.outputs[0]]
     for result in results:
         assert float((torch.from_numpy(result) - wanted).abs().max()) < FP32_OTHER_ORDER * float(wanted.abs().max())
+
+
+def test_eight_bit_weights_lie_outside_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(export.int8.quantise, "EXTERNAL_DATA_BYTES", 0)
+    unet, path = unet_file(tmp_path, Precision.FP16)
+    x_t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    inputs = Inputs(x_t, torch.tensor([5.0, 700.0]), Conditions(torch.tensor([0, 2])))
+    quantise(path, unet, [inputs])
+    assert_only_weights_are_outside(path, FLOATS | {onnx.TensorProto.INT8})
+    ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
 def test_onnx_runtime_loads_float16(tmp_path: Path) -> None:
